@@ -1,0 +1,307 @@
+"""CUDA C++ compiled at run time and launched on the memory of CuPy arrays and torch tensors.
+
+Two ways to the same thing, tried in this order:
+
+1. CuPy's ``RawModule`` (package ``cupy-cuda12x`` or ``cupy-cuda13x``), which keeps compiled code in its own cache on disk;
+2. ``cuda.bindings`` (package ``cuda-bindings``, installed with the CUDA builds of torch 2.10 and later), with a cache of
+   ours under ``$BIRKHOFF_CACHE_DIR``, else ``$XDG_CACHE_HOME/birkhoff``, else ``~/.cache/birkhoff``.
+
+Kernels are declared ``extern "C" __global__`` and specialised by ``-D`` options, so that a name is a plain string.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = ["Kernel", "Module", "available", "load"]
+
+#: Dynamic shared memory that a kernel may ask for without opting in.
+_DEFAULT_SHARED_BYTES = 48 * 1024
+
+_CTYPES: dict[str, Any] = {
+    "int32": ctypes.c_int32,
+    "uint32": ctypes.c_uint32,
+    "int64": ctypes.c_int64,
+    "uint64": ctypes.c_uint64,
+    "float32": ctypes.c_float,
+    "float64": ctypes.c_double,
+}
+
+
+class Kernel(Protocol):
+    """One ``extern "C" __global__`` function of a compiled module."""
+
+    def __call__(
+        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
+    ) -> None:
+        """Launch on the current stream of the library that owns the array arguments; returns at once."""
+
+
+class Module(Protocol):
+    """Compiled code of one source on one device."""
+
+    def function(self, name: str) -> Kernel:
+        """Return the kernel called `name`."""
+
+
+def available() -> str | None:
+    """Name what :func:`load` would use.
+
+    Returns
+    -------
+    str or None
+        ``"cupy"``, ``"cuda.bindings"``, or None when neither is installed. Says nothing of a device being present.
+    """
+    if importlib.util.find_spec("cupy") is not None:
+        return "cupy"
+    if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None:
+        return "cuda.bindings"
+    return None
+
+
+def load(source: str, options: Sequence[str] = ()) -> Module:
+    """Compile CUDA C++ for the current device, or take it from the cache.
+
+    Parameters
+    ----------
+    source : str
+        Text of the translation unit. ``#include <cuda_bf16.h>`` and the like work where the toolkit's headers are found.
+    options : sequence of str, optional
+        Compiler options, for example ``("-DN=4", "--use_fast_math")``. The architecture is the current device's.
+
+    Returns
+    -------
+    Module
+        ``module.function(name)(grid, block, arguments, shared_bytes=0)`` launches. Arguments are torch tensors or CuPy
+        arrays (passed as pointers) and NumPy scalars (``numpy.int32(3)``), whose type must be the parameter's type.
+
+    Raises
+    ------
+    ImportError
+        Neither CuPy nor cuda.bindings is installed.
+    RuntimeError
+        The source does not compile; the message holds the compiler's log.
+
+    Notes
+    -----
+    The first call for a source compiles (seconds); later calls in the process are a dictionary look-up, and later processes
+    read the cache on disk. Compile before capturing a CUDA graph: loading a module while capturing is an error.
+    """
+    backend = available()
+    if backend is None:
+        raise ImportError(
+            "CUDA C++ kernels need CuPy or cuda.bindings, and neither is installed: install `cupy-cuda13x` "
+            "(or `cupy-cuda12x`) to match the driver, or `cuda-bindings`"
+        )
+    if backend == "cupy":
+        import cupy
+
+        return _load_cupy(source, tuple(options), cupy.cuda.runtime.getDevice())
+    import torch
+
+    return _load_bindings(source, tuple(options), torch.cuda.current_device())
+
+
+@functools.cache
+def _include_options() -> tuple[str, ...]:
+    """Find the toolkit's headers: in CUDA_HOME or CUDA_PATH, /usr/local/cuda, or the nvidia wheels."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [Path(root) / "include" for root in roots if root]
+    for entry in sys.path:
+        candidates += sorted(Path(entry or ".").glob("nvidia/*/include"))
+    return tuple(f"-I{path}" for path in candidates if (path / "cuda_bf16.h").is_file())[:1]
+
+
+def _memory(argument: Any) -> int | None:
+    """Return the device address of an array argument, None for a scalar."""
+    if hasattr(argument, "data_ptr"):
+        return int(argument.data_ptr())
+    if hasattr(argument, "__cuda_array_interface__"):
+        return int(argument.data.ptr) if hasattr(argument.data, "ptr") else _interface_address(argument)
+    if isinstance(argument, np.generic) and argument.dtype.name in _CTYPES:
+        return None
+    raise TypeError(
+        f"a kernel argument is {type(argument).__name__}; accepted: torch tensors, CuPy arrays and NumPy scalars of "
+        f"{', '.join(_CTYPES)} (write numpy.int32(3), not 3)"
+    )
+
+
+def _interface_address(argument: Any) -> int:
+    return int(argument.__cuda_array_interface__["data"][0])
+
+
+def _torch_device(arguments: Sequence[Any]) -> Any:
+    """Return the device of the first torch tensor among the arguments, else None."""
+    return next((a.device for a in arguments if hasattr(a, "data_ptr")), None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# CuPy
+
+
+class _CupyKernel:
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._shared_bytes = _DEFAULT_SHARED_BYTES
+
+    def __call__(
+        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
+    ) -> None:
+        if shared_bytes > self._shared_bytes:
+            self._kernel.max_dynamic_shared_size_bytes = shared_bytes
+            self._shared_bytes = shared_bytes
+        addresses = [_memory(a) for a in arguments]
+        values = tuple(a if p is None else np.uint64(p) for a, p in zip(arguments, addresses, strict=True))
+        device = _torch_device(arguments)
+        with _cupy_stream(device) if device is not None else contextlib.nullcontext():
+            self._kernel(tuple(grid), tuple(block), values, shared_mem=shared_bytes)
+
+
+@contextlib.contextmanager
+def _cupy_stream(device: Any) -> Iterator[None]:
+    """Make torch's current stream on `device` CuPy's current stream."""
+    import cupy
+    import torch
+
+    pointer = torch.cuda.current_stream(device).cuda_stream
+    if device.index in (None, torch.cuda.current_device()):
+        with cupy.cuda.ExternalStream(pointer):
+            yield
+    else:
+        with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(pointer, device.index):
+            yield
+
+
+class _CupyModule:
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._kernels: dict[str, _CupyKernel] = {}
+
+    def function(self, name: str) -> Kernel:
+        if name not in self._kernels:
+            self._kernels[name] = _CupyKernel(self._module.get_function(name))
+        return self._kernels[name]
+
+
+@functools.cache
+def _load_cupy(source: str, options: tuple[str, ...], device: int) -> Module:
+    import cupy
+
+    module = cupy.RawModule(code=source, options=(*options, *_include_options()), backend="nvrtc")
+    try:
+        module.compile()
+    except cupy.cuda.compiler.CompileException as error:
+        raise RuntimeError(f"CUDA C++ does not compile with options {options}:\n{error}") from error
+    return _CupyModule(module)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# cuda.bindings
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """Unpack what a binding returns, raising when its first item is an error code."""
+    code, *values = result
+    if int(code) != 0:
+        raise RuntimeError(f"CUDA call failed: {code!r}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class _BindingsKernel:
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._shared_bytes = _DEFAULT_SHARED_BYTES
+
+    def __call__(
+        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
+    ) -> None:
+        import torch
+        from cuda.bindings import driver
+
+        if shared_bytes > self._shared_bytes:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
+            self._shared_bytes = shared_bytes
+        addresses = [_memory(a) for a in arguments]
+        values = tuple(a.item() if p is None else p for a, p in zip(arguments, addresses, strict=True))
+        types = tuple(
+            _CTYPES[a.dtype.name] if p is None else ctypes.c_void_p for a, p in zip(arguments, addresses, strict=True)
+        )
+        device = _torch_device(arguments)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            blocks, threads = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
+            _check(driver.cuLaunchKernel(self._function, *blocks, *threads, shared_bytes, stream, (values, types), 0))
+
+
+class _BindingsModule:
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._kernels: dict[str, _BindingsKernel] = {}
+
+    def function(self, name: str) -> Kernel:
+        if name not in self._kernels:
+            from cuda.bindings import driver
+
+            self._kernels[name] = _BindingsKernel(_check(driver.cuModuleGetFunction(self._module, name.encode())))
+        return self._kernels[name]
+
+
+def _cache_directory() -> Path:
+    if explicit := os.environ.get("BIRKHOFF_CACHE_DIR"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "birkhoff"
+
+
+def _compile_bindings(source: str, options: tuple[str, ...]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    flags = [option.encode() for option in options]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+    if int(code) != 0:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"CUDA C++ does not compile with options {options}:\n{log.decode(errors='replace')}")
+    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    return cubin
+
+
+@functools.cache
+def _load_bindings(source: str, options: tuple[str, ...], device: int) -> Module:
+    import torch
+    from cuda.bindings import driver, nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    flags = (f"--gpu-architecture=sm_{major}{minor}", *options, *_include_options())
+    version = _check(nvrtc.nvrtcVersion())
+    digest = hashlib.sha256(repr((source, flags, version)).encode()).hexdigest()
+    path = _cache_directory() / f"{digest}.cubin"
+    if path.is_file():
+        cubin = path.read_bytes()
+    else:
+        cubin = _compile_bindings(source, flags)
+        with contextlib.suppress(OSError):  # a read-only home costs a compilation a process, nothing else
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(cubin)
+            Path(name).replace(path)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device)  # makes the primary context current before the module is loaded into it
+        torch.zeros(1, device=f"cuda:{device}")
+        return _BindingsModule(_check(driver.cuModuleLoadData(cubin)))
