@@ -1,0 +1,225 @@
+"""Finish of the backward: from the gradients of the coefficients to dz, the operator of B2, and bias and alpha partials.
+
+Everything is per token and on chip: sigmoids, the exact adjoint of the truncated Sinkhorn iteration (recomputed here, no iterate is
+stored), the affine maps, and the factor that the root mean square contributes to dx.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mhc_layers.kernels.options import SiteOptions
+from mhc_layers.kernels.triton.configs import finish_block, is_interpreting, next_power_of_2
+from mhc_layers.kernels.triton.maps import residual_map_backward
+
+__all__ = ["finish_backward", "mix_width"]
+
+
+@triton.jit
+def _store_dz(DZ, at, dz, mask, NP: tl.constexpr, TERMS: tl.constexpr):
+    """dz as hi + lo in the element type of DZ (two bf16 terms), or as one fp32 term."""
+    hi = dz.to(DZ.dtype.element_ty)
+    tl.store(DZ + at, hi, mask=mask)
+    if TERMS == 2:
+        tl.store(DZ + at + NP, (dz - hi.to(tl.float32)).to(DZ.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def finish_backward_kernel(
+    PROJ,
+    RSTD,
+    DCOEF,
+    DOTS,
+    ALPHA,
+    BIAS,
+    MIX,
+    DZ,
+    PARAMS,
+    M,
+    inv_k,
+    eps_pre,
+    post_scale,
+    eps_start,
+    eps_den,
+    n: tl.constexpr,
+    NS: tl.constexpr,
+    NP: tl.constexpr,
+    P: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_DOTS: tl.constexpr,
+    METHOD: tl.constexpr,
+    FIRST: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ITERS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """With l the logits and p the normalised projections: dp = alpha dl, dz = dp / r, rc = -(sum dp p) / (r^2 K)."""
+    N: tl.constexpr = n * (n + 2)
+    pid = tl.program_id(0)
+    tok = (pid * BT + tl.arange(0, BT)).to(tl.int64)
+    live = tok < M
+    rstd = tl.load(RSTD + tok, mask=live, other=0.0)
+    i = tl.arange(0, NS)
+    pair = live[:, None] & (i < n)[None, :]
+    row = tok[:, None] * N + i[None, :]
+    dz_row = tok[:, None] * (TERMS * NP) + i[None, :]
+    partial = PARAMS + pid * (NP + 4)
+
+    # read: Eq. 17
+    alpha = tl.load(ALPHA)
+    p = tl.load(PROJ + row, mask=pair, other=0.0)
+    s = tl.sigmoid(alpha * p + tl.load(BIAS + i, mask=i < n, other=0.0)[None, :])
+    h_pre = s + eps_pre
+    d = tl.load(DCOEF + row, mask=pair, other=0.0)
+    if HAS_DOTS:
+        d += tl.load(DOTS + tok[:, None] * n + i[None, :], mask=pair, other=0.0)
+    dl = d * s * (1.0 - s)
+    dlp = dl * p
+    tl.store(partial + i, tl.sum(dl, axis=0), mask=i < n)
+    tl.store(partial + NP, tl.sum(tl.sum(dlp, axis=1), axis=0))
+    inner = alpha * tl.sum(dlp, axis=1)
+    _store_dz(DZ, dz_row, alpha * dl * rstd[:, None], pair, NP, TERMS)
+
+    # write: Eq. 18
+    alpha = tl.load(ALPHA + 1)
+    p = tl.load(PROJ + row + n, mask=pair, other=0.0)
+    s = tl.sigmoid(alpha * p + tl.load(BIAS + n + i, mask=i < n, other=0.0)[None, :])
+    dl = tl.load(DCOEF + row + n, mask=pair, other=0.0) * post_scale * s * (1.0 - s)
+    dlp = dl * p
+    tl.store(partial + n + i, tl.sum(dl, axis=0), mask=i < n)
+    tl.store(partial + NP + 1, tl.sum(tl.sum(dlp, axis=1), axis=0))
+    inner += alpha * tl.sum(dlp, axis=1)
+    _store_dz(DZ, dz_row + n, alpha * dl * rstd[:, None], pair, NP, TERMS)
+
+    # mix: Eq. 9 and 19, exact adjoint of the truncated iteration
+    alpha = tl.load(ALPHA + 2)
+    a = tl.arange(0, NS)[None, :, None]
+    b = tl.arange(0, NS)[None, None, :]
+    real = (a < n) & (b < n)
+    mask = live[:, None, None] & real
+    token = tok[:, None, None]
+    stored = 2 * n + a * n + b
+    operator = stored
+    if TRANSPOSED:
+        operator = 2 * n + b * n + a
+    p = tl.load(PROJ + token * N + stored, mask=mask, other=0.0)
+    logits = alpha * p + tl.load(BIAS + stored, mask=real, other=0.0)
+    d = tl.load(DCOEF + token * N + operator, mask=mask, other=0.0)
+    h_res, dl = residual_map_backward(logits, d, n, NS, METHOD, FIRST, ITERS, eps_start, eps_den)
+    dl = tl.where(mask, dl, 0.0)
+    dlp = dl * p
+    tl.store(partial + stored, tl.sum(dl, axis=0, keep_dims=True), mask=real)
+    dot = tl.sum(tl.sum(dlp, axis=2), axis=1)
+    tl.store(partial + NP + 2, tl.sum(dot, axis=0))
+    inner += alpha * dot
+    dz_cell = token * (TERMS * NP) + stored
+    _store_dz(DZ, dz_cell, alpha * dl * rstd[:, None, None], mask, NP, TERMS)
+
+    # what B2 multiplies with: row i holds h_res[0..n-1, i], h_pre[i], rc
+    out = MIX + token * (n * P)
+    if TRANSPOSED:
+        tl.store(out + a * P + b, h_res, mask=mask)
+    else:
+        tl.store(out + b * P + a, h_res, mask=mask)
+    out = MIX + tok[:, None] * (n * P) + i[None, :] * P
+    tl.store(out + n, h_pre, mask=pair)
+    rc = -inner * rstd * rstd * inv_k
+    tl.store(out + n + 1, tl.broadcast_to(rc[:, None], (BT, NS)), mask=pair)
+
+    # padding columns of dz are operands of the tensor cores: zero
+    j = tl.arange(0, NP)
+    pad = live[:, None] & (j >= N)[None, :]
+    zero = tl.zeros((BT, NP), tl.float32)
+    _store_dz(DZ, tok[:, None] * (TERMS * NP) + j[None, :], zero, pad, NP, TERMS)
+
+
+def mix_width(num_streams: int) -> int:
+    """Length of a row of ``mix``: n + 2 values, padded to a power of two."""
+    return next_power_of_2(num_streams + 2)
+
+
+def finish_backward(
+    proj: torch.Tensor,
+    rstd: torch.Tensor,
+    dcoef: torch.Tensor,
+    dots: torch.Tensor | None,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    options: SiteOptions,
+    k: int,
+    stream_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Adjoint of the coefficients.
+
+    Parameters
+    ----------
+    proj, rstd : Tensor
+        Kept by the forward: ``[M, N]`` and ``[M]`` fp32.
+    dcoef : Tensor
+        Gradient of the coefficients, ``[M, N]`` fp32.
+    dots : Tensor or None
+        ``[M, n]``, added to the gradient of h_pre.
+    alpha, bias : Tensor
+        ``[3]`` and ``[N]`` fp32.
+    options : SiteOptions
+        The convention.
+    k : int
+        nC.
+    stream_dtype : torch.dtype
+        bf16 streams take dz in two bf16 terms, others in one fp32 term.
+
+    Returns
+    -------
+    mix : Tensor
+        ``[M, n, P]`` fp32; row i holds ``h_res[0..n-1, i]``, ``h_pre[i]``, ``rc``.
+    dz : Tensor
+        ``[M, terms, PAD(N)]``: the gradient of the raw product with phi.
+    params : Tensor
+        ``[programs, PAD(N) + 4]`` fp32 partial sums: dbias, then dalpha for pre, post, res.
+    """
+    num_tokens, num_rows = proj.shape
+    num_streams = round((num_rows + 1) ** 0.5) - 1
+    padded = max(16, next_power_of_2(num_rows))
+    width = mix_width(num_streams)
+    two_terms = stream_dtype == torch.bfloat16
+    device = proj.device
+    block = finish_block(num_streams)
+    programs = triton.cdiv(num_tokens, block)
+    mix = torch.empty((num_tokens, num_streams, width), dtype=torch.float32, device=device)
+    terms = 2 if two_terms else 1
+    dz = torch.empty((num_tokens, terms, padded), dtype=stream_dtype if two_terms else torch.float32, device=device)
+    params = torch.empty((programs, padded + 4), dtype=torch.float32, device=device)
+    if num_tokens == 0:
+        return mix, dz, params
+    finish_backward_kernel[(programs,)](
+        proj,
+        rstd,
+        dcoef,
+        proj if dots is None else dots,
+        alpha,
+        bias,
+        mix,
+        dz,
+        params,
+        num_tokens,
+        1.0 / k,
+        options.eps_pre,
+        options.post_multiplier,
+        options.eps_start,
+        options.eps_den,
+        n=num_streams,
+        NS=next_power_of_2(num_streams),
+        NP=padded,
+        P=width,
+        TERMS=terms,
+        HAS_DOTS=dots is not None,
+        METHOD=options.method,
+        FIRST=options.first,
+        TRANSPOSED=options.transposed,
+        ITERS=options.num_iters,
+        BT=block,
+        num_warps=4 if not is_interpreting() else 1,
+    )
+    return mix, dz, params

@@ -1,0 +1,131 @@
+"""Launch shapes of the fused kernels: a small fixed table, no autotuning.
+
+The token count M only picks a bucket here; it is never a compile-time constant, so a new batch size never compiles a kernel.
+A bucket is (streams n, channels C, tokens M, stream item size). ``benchmarks/reports`` holds the sweeps the numbers come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["ProjectConfig", "RowConfig", "StreamsBackwardConfig", "is_interpreting", "next_power_of_2", "num_sms"]
+
+# Triton reads the variable when a kernel is decorated; the launchers ask once, in the same way.
+_INTERPRETING: bool | None = None
+_NUM_SMS: dict[int, int] = {}
+
+
+def is_interpreting() -> bool:
+    """Whether Triton runs kernels in its CPU interpreter in this process."""
+    global _INTERPRETING
+    if _INTERPRETING is None:
+        import triton
+
+        _INTERPRETING = bool(triton.knobs.runtime.interpret)
+    return _INTERPRETING
+
+
+def num_sms(device: torch.device) -> int:
+    """Number of multiprocessors of a device (8 for the interpreter, where it only shapes the grid)."""
+    if device.type != "cuda":
+        return 8
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index not in _NUM_SMS:
+        _NUM_SMS[index] = torch.cuda.get_device_properties(index).multi_processor_count
+    return _NUM_SMS[index]
+
+
+def next_power_of_2(value: int) -> int:
+    """Smallest power of two that is at least ``value``."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Tile of a kernel that streams rows: tokens x channels, warps."""
+
+    block_tokens: int
+    block_channels: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """Tile of the projection: tokens x contraction, splits of the contraction, warps and pipeline stages."""
+
+    block_tokens: int
+    block_k: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+    split_in_kernel: bool
+
+
+@dataclass(frozen=True)
+class StreamsBackwardConfig:
+    """Tile of the last backward kernel: tokens x channels, streams per program, token splits, warps, stages."""
+
+    block_tokens: int
+    block_channels: int
+    group: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+def row_config(num_streams: int, dim: int, item_size: int, reducing: bool) -> RowConfig:
+    """Tile of read, write, and of the reducing kernels A and B1 (full row per program)."""
+    if is_interpreting():
+        return RowConfig(16, max(16, min(256, next_power_of_2(dim))), 4)
+    lane = 8 if item_size == 2 else 4
+    if reducing and num_streams > 4:
+        lane = 4 if item_size == 2 else 2
+    block_channels = 32 * lane
+    if dim <= block_channels // 2:
+        block_channels = max(32, next_power_of_2(dim))
+    return RowConfig(4, block_channels, 4)
+
+
+def project_config(num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int) -> ProjectConfig:
+    """Tile of the projection: 64-token tiles reach wgmma; splits of K fill the machine when tokens are few."""
+    k = num_streams * dim
+    if is_interpreting():
+        return ProjectConfig(32, 64, min(2, max(1, k // 64)), 4, 1, split_in_kernel=False)
+    wide = num_streams * (num_streams + 2) > 32
+    block_k = 128 if item_size == 2 and not wide else 64
+    if item_size == 4:
+        block_k = 32
+    block_tokens = 64 if num_tokens > 32 else 16
+    tiles = -(-num_tokens // block_tokens)
+    # about two programs a multiprocessor, at least four k-steps a program
+    num_splits = max(1, min(-(-2 * sms // tiles), k // (4 * block_k), 32))
+    return ProjectConfig(block_tokens, block_k, num_splits, 4, 4 if not wide else 3, split_in_kernel=False)
+
+
+def streams_backward_config(
+    num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int
+) -> StreamsBackwardConfig:
+    """Tile of B2; the token splits fill one wave of programs, each with a few tiles at least."""
+    if is_interpreting():
+        group = {1: 1, 2: 2, 3: 3, 4: 4, 6: 3, 8: 2}.get(num_streams, 1)
+        return StreamsBackwardConfig(16, max(16, min(64, next_power_of_2(dim))), group, 2, 4, 1)
+    group = {1: 1, 2: 2, 3: 3, 4: 4, 5: 2, 6: 2, 7: 1, 8: 1}.get(num_streams, 1)
+    block_channels = 64 if item_size == 2 else 32
+    block_tokens, num_stages = (32, 3) if item_size == 2 else (16, 2)
+    programs = -(-dim // block_channels) * -(-num_streams // group)
+    num_splits = max(1, min(-(-2 * sms // programs), -(-num_tokens // (2 * block_tokens))))
+    return StreamsBackwardConfig(block_tokens, block_channels, group, num_splits, 4, num_stages)
+
+
+def finish_block(num_streams: int) -> int:
+    """Tokens per program of the two finish kernels."""
+    if is_interpreting():
+        return 64
+    return 64 if num_streams <= 4 else 16
+
+
+def lane_values(config: RowConfig) -> int:
+    """Neighbouring channels that one lane of a reducing kernel holds (a warp spans the tile's channels)."""
+    return max(1, config.block_channels // 32)

@@ -1,0 +1,55 @@
+"""Read of a site: the sublayer's input u = sum_i h_pre[i] x[i]."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mhc_layers.kernels.triton.configs import RowConfig, row_config
+
+__all__ = ["read_forward"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def read_forward_kernel(
+    X, COEF, U, M, COEF_STRIDE: tl.constexpr, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
+    """u[t, c] = sum_i h_pre[t, i] x[t, i, c], summed in the order of the streams, rounded once."""
+    tiles: tl.constexpr = (C + BC - 1) // BC
+    pid = tl.program_id(0)
+    tok = (pid // tiles) * BT + tl.arange(0, BT)
+    c = (pid % tiles) * BC + tl.arange(0, BC)
+    live = tok < M
+    mask = live[:, None] & (c < C)[None, :]
+    tok64 = tok.to(tl.int64)
+    x_at = X + tok64[:, None] * (n * C) + c[None, :]
+    u = tl.zeros((BT, BC), tl.float32)
+    for i in tl.static_range(n):
+        h = tl.load(COEF + tok64 * COEF_STRIDE + i, mask=live, other=0.0)
+        u += h[:, None] * tl.load(x_at + i * C, mask=mask, other=0.0).to(tl.float32)
+    tl.store(U + tok64[:, None] * C + c[None, :], u.to(U.dtype.element_ty), mask=mask)
+
+
+def read_forward(x: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | None = None) -> torch.Tensor:
+    """Return ``u [M, C]`` of streams ``x [M, n, C]``; ``coef [M, >= n]`` fp32 starts with h_pre (its rows may be strided)."""
+    num_tokens, num_streams, dim = x.shape
+    u = torch.empty((num_tokens, dim), dtype=x.dtype, device=x.device)
+    if num_tokens == 0:
+        return u
+    if config is None:
+        config = row_config(num_streams, dim, x.element_size(), reducing=False)
+    grid = (triton.cdiv(num_tokens, config.block_tokens) * triton.cdiv(dim, config.block_channels),)
+    read_forward_kernel[grid](
+        x,
+        coef,
+        u,
+        num_tokens,
+        COEF_STRIDE=coef.stride(0),
+        C=dim,
+        n=num_streams,
+        BT=config.block_tokens,
+        BC=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return u

@@ -1,0 +1,62 @@
+"""Phase B1 of the backward: the gradient of h_pre from du."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mhc_layers.kernels.triton.configs import RowConfig, lane_values, row_config
+
+__all__ = ["read_backward"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def read_backward_kernel(
+    GU, X, DOTS, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr
+):
+    """dots[t, i] = <du[t], x[t, i]>: a program owns whole tokens and reduces in its registers."""
+    tok = tl.program_id(0) * BT + tl.arange(0, BT)
+    live = tok < M
+    tok64 = tok.to(tl.int64)
+    acc = ()
+    for _ in tl.static_range(n):
+        acc = acc + (tl.zeros((BT, BC // V), tl.float32),)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)
+        if C % BC == 0:
+            mask = live[:, None]
+        else:
+            mask = live[:, None] & (c < C)[None, :]
+        u = tl.load(GU + tok64[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = tok64[:, None] * (n * C) + c[None, :]
+        new = ()
+        for i in tl.static_range(n):
+            x = tl.load(X + at + i * C, mask=mask, other=0.0).to(tl.float32)
+            new = new + (acc[i] + tl.sum(tl.reshape(u * x, (BT, BC // V, V)), axis=2),)
+        acc = new
+    for i in tl.static_range(n):
+        tl.store(DOTS + tok64 * n + i, tl.sum(acc[i], axis=1), mask=live)
+
+
+def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None = None) -> torch.Tensor:
+    """Return ``dots [M, n]`` fp32 of ``gu [M, C]`` with the streams ``x [M, n, C]``."""
+    num_tokens, num_streams, dim = x.shape
+    dots = torch.empty((num_tokens, num_streams), dtype=torch.float32, device=x.device)
+    if num_tokens == 0:
+        return dots
+    if config is None:
+        config = row_config(num_streams, dim, x.element_size(), reducing=True)
+    read_backward_kernel[(triton.cdiv(num_tokens, config.block_tokens),)](
+        gu,
+        x,
+        dots,
+        num_tokens,
+        C=dim,
+        n=num_streams,
+        BT=config.block_tokens,
+        BC=config.block_channels,
+        V=lane_values(config),
+        num_warps=config.num_warps,
+    )
+    return dots

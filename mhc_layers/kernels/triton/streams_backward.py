@@ -1,0 +1,243 @@
+"""Phase B2 of the backward: dx, written once, and the token-split partials of dphi, from one read of x and g.
+
+dx[i] = sum_o h_res[o, i] g[o] + h_pre[i] du + (dz phi)[i] + rc x[i];   dphi = sum_t dz[t]^T x[t].
+Channels are the tensor core's rows in dphi (X^T dz), which makes it a wgmma on Hopper. No atomics: the reduce sums the slabs in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mhc_layers.kernels.triton.configs import (
+    StreamsBackwardConfig,
+    is_interpreting,
+    next_power_of_2,
+    num_sms,
+    streams_backward_config,
+)
+
+__all__ = ["reduce_slabs", "streams_backward"]
+
+
+@triton.jit(do_not_specialize=["M", "SPAN"])
+def streams_backward_kernel(
+    X,
+    G,
+    GU,
+    MIX,
+    DZ,
+    PHI,
+    DX,
+    SLABS,
+    M,
+    SPAN,
+    C: tl.constexpr,
+    n: tl.constexpr,
+    NP: tl.constexpr,
+    P: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_GU: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    N: tl.constexpr = n * (n + 2)
+    K: tl.constexpr = n * C
+    GROUPS: tl.constexpr = n // GROUP
+    first = (tl.program_id(0) % GROUPS) * GROUP
+    split = tl.program_id(1)
+    c = (tl.program_id(0) // GROUPS) * BC + tl.arange(0, BC)
+    c_mask = c < C
+    j = tl.arange(0, NP)
+    phi_hi = ()
+    phi_lo = ()
+    acc = ()
+    for q in tl.static_range(GROUP):
+        w_at = j[:, None] * K + ((first + q) * C + c)[None, :]
+        w = tl.load(PHI + w_at, mask=(j < N)[:, None] & c_mask[None, :], other=0.0)
+        if TERMS == 2:
+            hi = w.to(X.dtype.element_ty)
+            lo = (w - hi.to(tl.float32)).to(X.dtype.element_ty)
+            if UPCAST:
+                phi_hi = phi_hi + (hi.to(tl.float32),)
+                phi_lo = phi_lo + (lo.to(tl.float32),)
+            else:
+                phi_hi = phi_hi + (hi,)
+                phi_lo = phi_lo + (lo,)
+        else:
+            phi_hi = phi_hi + (w,)
+        acc = acc + (tl.zeros((BC, NP), tl.float32),)
+    begin = split * SPAN
+    end = tl.minimum(M, begin + SPAN)
+    for t in tl.range(begin, end, BT, num_stages=STAGES):
+        tok = t + tl.arange(0, BT)
+        live = tok < end
+        tok64 = tok.to(tl.int64)
+        if C % BC == 0:
+            mask = live[:, None]
+        else:
+            mask = live[:, None] & c_mask[None, :]
+        at = tok64[:, None] * K + c[None, :]
+        mix = MIX + tok64 * (n * P) + first * P
+        z_at = DZ + tok64[:, None] * (TERMS * NP) + j[None, :]
+        z_hi = tl.load(z_at, mask=live[:, None], other=0.0)
+        z_lo = z_hi
+        if TERMS == 2:
+            z_lo = tl.load(z_at + NP, mask=live[:, None], other=0.0)
+        if UPCAST:
+            z_hi = z_hi.to(tl.float32)
+            z_lo = z_lo.to(tl.float32)
+        g = ()
+        if HAS_G:
+            for o in tl.static_range(n):
+                g = g + (tl.load(G + at + o * C, mask=mask, other=0.0).to(tl.float32),)
+        if HAS_GU:
+            u = tl.load(GU + tok64[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        rc = tl.load(mix + n + 1, mask=live, other=0.0)
+        new = ()
+        for q in tl.static_range(GROUP):
+            x = tl.load(X + at + (first + q) * C, mask=mask, other=0.0)
+            x32 = x.to(tl.float32)
+            dx = tl.dot(z_hi, phi_hi[q], input_precision=PRECISION)
+            if TERMS == 2:
+                dx = tl.dot(z_lo, phi_hi[q], dx, input_precision=PRECISION)
+                dx = tl.dot(z_hi, phi_lo[q], dx, input_precision=PRECISION)
+            if HAS_G:
+                for o in tl.static_range(n):
+                    dx += tl.load(mix + q * P + o, mask=live, other=0.0)[:, None] * g[o]
+            if HAS_GU:
+                dx += tl.load(mix + q * P + n, mask=live, other=0.0)[:, None] * u
+            dx += rc[:, None] * x32
+            tl.store(DX + at + (first + q) * C, dx.to(DX.dtype.element_ty), mask=mask)
+            if UPCAST:
+                part = tl.dot(tl.trans(x32), z_hi, acc[q], input_precision=PRECISION)
+                if TERMS == 2:
+                    part = tl.dot(tl.trans(x32), z_lo, part, input_precision=PRECISION)
+            else:
+                part = tl.dot(tl.trans(x), z_hi, acc[q], input_precision=PRECISION)
+                if TERMS == 2:
+                    part = tl.dot(tl.trans(x), z_lo, part, input_precision=PRECISION)
+            new = new + (part,)
+        acc = new
+    for q in tl.static_range(GROUP):
+        out = (split * N + j[None, :]).to(tl.int64) * K + ((first + q) * C + c)[:, None]
+        tl.store(SLABS + out, acc[q], mask=(j < N)[None, :] & c_mask[:, None])
+
+
+@triton.jit(do_not_specialize=["S", "PROGRAMS"])
+def reduce_kernel(
+    SLABS, PARAMS, DPHI, DPARAMS, S, PROGRAMS, SIZE, NP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """Sum of the slabs in the order s = 0, 1, ...; the last program sums the partials of bias and alpha."""
+    pid = tl.program_id(0)
+    if pid == tl.num_programs(0) - 1:
+        W: tl.constexpr = 2 * NP
+        j = tl.arange(0, W)
+        total = tl.zeros((W,), tl.float32)
+        for start in range(0, PROGRAMS, ROWS):
+            row = start + tl.arange(0, ROWS)
+            mask = (row < PROGRAMS)[:, None] & (j < NP + 3)[None, :]
+            total += tl.sum(tl.load(PARAMS + row[:, None] * (NP + 4) + j[None, :], mask=mask, other=0.0), axis=0)
+        tl.store(DPARAMS + j, total, mask=j < NP + 3)
+    else:
+        at = pid * BLOCK + tl.arange(0, BLOCK)
+        mask = at < SIZE
+        total = tl.zeros((BLOCK,), tl.float32)
+        slab = SLABS + at
+        for _ in range(0, S):
+            total += tl.load(slab, mask=mask, other=0.0)
+            slab += SIZE
+        tl.store(DPHI + at, total, mask=mask)
+
+
+def streams_backward(
+    x: torch.Tensor,
+    g: torch.Tensor | None,
+    gu: torch.Tensor | None,
+    mix: torch.Tensor,
+    dz: torch.Tensor,
+    phi: torch.Tensor,
+    *,
+    config: StreamsBackwardConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``dx [M, n, C]`` and ``dphi_slabs [S, N, K]`` fp32; ``g`` or ``gu`` may be None (term absent)."""
+    num_tokens, num_streams, dim = x.shape
+    num_rows, k = phi.shape
+    if config is None:
+        config = streams_backward_config(num_tokens, num_streams, dim, x.element_size(), num_sms(x.device))
+    span = triton.cdiv(triton.cdiv(num_tokens, config.num_splits), config.block_tokens) * config.block_tokens
+    num_splits = triton.cdiv(num_tokens, span) if num_tokens else 0
+    dx = torch.empty_like(x)
+    slabs = torch.empty((num_splits, num_rows, k), dtype=torch.float32, device=x.device)
+    if num_tokens == 0:
+        return dx, slabs
+    two_terms = x.dtype == torch.bfloat16
+    grid = (triton.cdiv(dim, config.block_channels) * (num_streams // config.group), num_splits)
+    streams_backward_kernel[grid](
+        x,
+        x if g is None else g,
+        x if gu is None else gu,
+        mix,
+        dz,
+        phi,
+        dx,
+        slabs,
+        num_tokens,
+        span,
+        C=dim,
+        n=num_streams,
+        NP=dz.shape[-1],
+        P=mix.shape[-1],
+        GROUP=config.group,
+        BT=config.block_tokens,
+        BC=config.block_channels,
+        STAGES=config.num_stages,
+        TERMS=2 if two_terms else 1,
+        HAS_G=g is not None,
+        HAS_GU=gu is not None,
+        UPCAST=is_interpreting() or not two_terms,
+        PRECISION="ieee",
+        num_warps=config.num_warps,
+    )
+    return dx, slabs
+
+
+def reduce_slabs(
+    dphi_slabs: torch.Tensor, params: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum ``[S, N, K]`` slabs and ``[programs, PAD(N) + 4]`` partials in a fixed order.
+
+    Returns
+    -------
+    dphi : Tensor
+        ``[N, K]`` fp32.
+    dparams : Tensor
+        ``[PAD(N) + 4]`` fp32: dbias in the first N, dalpha (pre, post, res) from PAD(N) on.
+    """
+    num_splits, num_rows, k = dphi_slabs.shape
+    padded = params.shape[1] - 4
+    if num_splits == 0:
+        return dphi_slabs.new_zeros((num_rows, k)), params.new_zeros((padded + 4,))
+    dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
+    dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
+    block = 65536 if is_interpreting() else 1024
+    reduce_kernel[(triton.cdiv(num_rows * k, block) + 1,)](
+        dphi_slabs,
+        params,
+        dphi,
+        dparams,
+        num_splits,
+        params.shape[0],
+        num_rows * k,
+        NP=padded,
+        BLOCK=block,
+        ROWS=64,
+        num_warps=4,
+    )
+    return dphi, dparams

@@ -1,0 +1,63 @@
+"""Write of a site: the next streams x'[o] = sum_i h_res[o, i] x[i] + h_post[o] f."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mhc_layers.kernels.triton.configs import RowConfig, row_config
+
+__all__ = ["write_forward"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def write_forward_kernel(
+    X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
+    """Eq. 3 after the sublayer, fp32 products, one rounding."""
+    N: tl.constexpr = n * (n + 2)
+    tiles: tl.constexpr = (C + BC - 1) // BC
+    pid = tl.program_id(0)
+    tok = (pid // tiles) * BT + tl.arange(0, BT)
+    c = (pid % tiles) * BC + tl.arange(0, BC)
+    live = tok < M
+    mask = live[:, None] & (c < C)[None, :]
+    tok64 = tok.to(tl.int64)
+    at = tok64[:, None] * (n * C) + c[None, :]
+    coef = COEF + tok64 * N
+    f = tl.load(F + tok64[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = ()
+    for i in tl.static_range(n):
+        x = x + (tl.load(X + at + i * C, mask=mask, other=0.0).to(tl.float32),)
+    for o in tl.static_range(n):
+        y = tl.load(coef + n + o, mask=live, other=0.0)[:, None] * f
+        for i in tl.static_range(n):
+            y += tl.load(coef + 2 * n + o * n + i, mask=live, other=0.0)[:, None] * x[i]
+        tl.store(OUT + at + o * C, y.to(OUT.dtype.element_ty), mask=mask)
+
+
+def write_forward(
+    x: torch.Tensor, f: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | None = None
+) -> torch.Tensor:
+    """Return the next streams ``[M, n, C]`` of ``x [M, n, C]``, ``f [M, C]`` and ``coef [M, N]`` fp32."""
+    num_tokens, num_streams, dim = x.shape
+    out = torch.empty_like(x)
+    if num_tokens == 0:
+        return out
+    if config is None:
+        config = row_config(num_streams, dim, x.element_size(), reducing=False)
+    grid = (triton.cdiv(num_tokens, config.block_tokens) * triton.cdiv(dim, config.block_channels),)
+    write_forward_kernel[grid](
+        x,
+        f,
+        coef,
+        out,
+        num_tokens,
+        C=dim,
+        n=num_streams,
+        BT=config.block_tokens,
+        BC=config.block_channels,
+        num_warps=config.num_warps,
+    )
+    return out
