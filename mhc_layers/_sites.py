@@ -1,0 +1,99 @@
+"""How a site is executed: the three steps, and the plain-torch objects that run them.
+
+A *site implementation* is an object with the methods of :class:`SiteImplementation`. A model chooses one for each
+site when it is built (:mod:`mhc_layers._registry`) and then only calls these three steps, so a fused kernel slots in
+without a change to the layer, the model or the trainer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
+
+from mhc_layers import functional
+
+if TYPE_CHECKING:
+    from mhc_layers.hyper_connection import HyperConnection
+
+__all__ = ["FUNCTIONAL", "RESIDUAL", "FunctionalSite", "ResidualSite", "SiteImplementation", "SiteState"]
+
+
+class SiteState(NamedTuple):
+    """What a site keeps between reading and writing.
+
+    ``h_pre (..., n)``, ``h_post (..., n)`` and ``h_res (..., n, n)`` were computed from the streams that entered the
+    site. ``h_pre`` is this site's own, also where the convention delays its use: the next site, or the readout, takes
+    it from here. ``h_res`` is None for the identity; all three are None for the plain residual.
+    """
+
+    h_pre: Tensor | None
+    h_post: Tensor | None
+    h_res: Tensor | None
+    apply_dtype: str = "float32"
+
+
+class SiteImplementation(Protocol):
+    """The three steps of a site."""
+
+    def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
+        """From streams ``(..., n, C)`` to the sublayer's input ``(..., C)``.
+
+        ``previous`` is the ``h_pre`` of the site before, used where ``site.convention.read_delay`` is 1; None there
+        means that this is the first site, which reads stream 0.
+        """
+        ...
+
+    def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
+        """From the streams that entered and the sublayer's output ``(..., C)`` to the next streams."""
+        ...
+
+    def boundary(
+        self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
+    ) -> tuple[Tensor, Tensor, SiteState]:
+        """``post``, then ``pre`` of ``next_site``, in one step: ``(x_next, u_next, state_next)``."""
+        ...
+
+
+class FunctionalSite:
+    """The steps in plain torch, from :mod:`mhc_layers.functional`; runs every connection on every device."""
+
+    def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
+        h_pre, h_post, h_res = site.maps(x)
+        if site.convention.read_delay:
+            u = x[..., 0, :] if previous is None else functional.read(x, previous)
+        else:
+            u = functional.read(x, h_pre)
+        return u, SiteState(h_pre, h_post, h_res, site.convention.apply_dtype)
+
+    def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
+        return functional.write(x, f, state.h_res, state.h_post, apply_dtype=state.apply_dtype)
+
+    def boundary(
+        self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
+    ) -> tuple[Tensor, Tensor, SiteState]:
+        x = self.post(x, f, state)
+        return x, *self.pre(x, next_site, state.h_pre)
+
+
+class ResidualSite:
+    """The plain residual at the same call sites: reads stream 0 and adds the output to every stream."""
+
+    def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
+        return x[..., 0, :], SiteState(None, None, None)
+
+    def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
+        return x + f.unsqueeze(-2).to(x.dtype)
+
+    def boundary(
+        self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
+    ) -> tuple[Tensor, Tensor, SiteState]:
+        x = self.post(x, f, state)
+        return x, *self.pre(x, next_site)
+
+
+FUNCTIONAL = FunctionalSite()
+"""The plain row of the table of site implementations."""
+
+RESIDUAL = ResidualSite()
+"""The row of disabled sites."""

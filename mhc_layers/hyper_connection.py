@@ -1,0 +1,458 @@
+"""HyperConnection: one site, that is, the streams around one sublayer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from mhc_layers import functional
+from mhc_layers._precision import KeepsFloat32
+from mhc_layers._registry import resolve
+from mhc_layers._sites import SiteImplementation, SiteState
+from mhc_layers.config import CONNECTION_KINDS
+from mhc_layers.conventions import PAPER, Convention, get_convention
+from mhc_layers.initialization import Init, get_init
+
+__all__ = ["CapturedCoefficients", "HyperConnection", "SiteRecord", "capture_coefficients"]
+
+
+class HyperConnection(KeepsFloat32):
+    """Wraps a sublayer with n residual streams that persist from site to site.
+
+    Parameters
+    ----------
+    dim : int
+        Channels C of one stream.
+    num_streams : int
+        Number of streams n, at least 1.
+    sublayer : callable, optional
+        Module or function from ``(..., C)`` to ``(..., C)``, or to a tuple whose first entry is that. It should start
+        with its own norm, as every pre-norm sublayer does.
+    convention : Convention or str
+        Orientation, order and epsilons of the maps; a preset or its name.
+    connection : str
+        "mhc": the paper's layer. "mhc_static": the same with biases only. "identity": ``h_res = I``. "hc" and
+        "hc_static": dynamic and static Hyper-Connections, whose maps are free. "residual": see ``disable``.
+    res_map : object, optional
+        Replaces the projection of the residual logits ("mhc" and "mhc_static" only): an object with
+        ``num_logits(n) -> int`` that maps ``(..., num_logits)`` to the operator ``(..., n, n)``.
+    init : Init or str
+        Initial values, a preset or its name (:mod:`mhc_layers.initialization`). The Hyper-Connections kinds have
+        their own published start and ignore it.
+    index : int
+        Position of the site in depth; the initial values favour stream ``index % n``.
+    disable : bool
+        A plain residual at the same call site: reads stream 0, adds the output to every stream, owns no parameters.
+    implementation : str or SiteImplementation
+        "auto" takes the first row of the table that accepts this site; the name of a row insists on it.
+    device, dtype
+        Of the parameters; dtype float32 or float64. A later ``.bfloat16()`` leaves them as they are.
+
+    Attributes
+    ----------
+    phi, bias, alpha_pre, alpha_post, alpha_res : Parameter or None
+        ``phi ((n + 2) n, n C)`` with rows pre, post, res; None for the static kinds. See each kind for other shapes.
+
+    Raises
+    ------
+    ValueError
+        For sizes below 1, an unknown kind, convention, init or row, or a row that refuses this site.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mhc_layers import HyperConnection, collapse_streams, expand_streams
+    >>> site = HyperConnection(dim=8, num_streams=4, sublayer=torch.nn.Linear(8, 8))
+    >>> x = expand_streams(torch.randn(2, 5, 8), 4)
+    >>> collapse_streams(site(x)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    phi: nn.Parameter | None
+    bias: nn.Parameter | None
+    alpha_pre: nn.Parameter | None
+    alpha_post: nn.Parameter | None
+    alpha_res: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_streams: int = 4,
+        sublayer: Callable[..., Any] | None = None,
+        *,
+        convention: Convention | str = PAPER,
+        connection: str = "mhc",
+        res_map: Any | None = None,
+        init: Init | str = "prenorm",
+        index: int = 0,
+        disable: bool = False,
+        implementation: str | SiteImplementation = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_streams < 1:
+            raise ValueError(f"dim and num_streams must be at least 1, got dim={dim}, num_streams={num_streams}.")
+        if connection not in CONNECTION_KINDS:
+            raise ValueError(f"Unknown connection {connection!r}; accepted: {', '.join(CONNECTION_KINDS)}.")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"Parameters of a site are float32 or float64, got {dtype}; the streams may be narrower.")
+        if res_map is not None and connection not in ("mhc", "mhc_static"):
+            raise ValueError(f"res_map replaces the projection of 'mhc' and 'mhc_static', got {connection!r}.")
+        self.dim = dim
+        self.num_streams = num_streams
+        self.sublayer = sublayer
+        self.convention = get_convention(convention)
+        self.connection = "residual" if disable else connection
+        self.res_map = res_map
+        self.init = get_init(init)
+        self.index = index
+        self.requested_implementation = implementation
+        self._capture: CapturedCoefficients | None = None
+        self._make_parameters(device, dtype)
+        self.reset_parameters()
+        self._implementation = resolve(self, implementation)
+
+    def _make_parameters(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        n, c = self.num_streams, self.dim
+        num_res = n * n if self.res_map is None else self.res_map.num_logits(n)
+        phi_shape, bias_size, gates = {
+            "mhc": ((2 * n + num_res, n * c), 2 * n + num_res, ("pre", "post", "res")),
+            "mhc_static": (None, 2 * n + num_res, ()),
+            "identity": ((2 * n, n * c), 2 * n, ("pre", "post")),
+            "hc": ((n + 2, c), (n + 2) * n, ("pre", "post", "res")),
+            "hc_static": (None, (n + 2) * n, ()),
+            "residual": (None, None, ()),
+        }[self.connection]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.phi = None if phi_shape is None else parameter(*phi_shape)
+        self.bias = None if bias_size is None else parameter(bias_size)
+        for gate in ("pre", "post", "res"):
+            setattr(self, f"alpha_{gate}", parameter() if gate in gates else None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the initial values: the preset's, or the published ones of Hyper-Connections."""
+        if self.bias is None:
+            return
+        n, init = self.num_streams, self.init
+        if self.connection in ("hc", "hc_static"):
+            phi_std, alpha = 0.0, 0.01
+            pre = [float(stream == self.index % n) for stream in range(n)]
+            post = [1.0] * n
+            res = torch.eye(n).flatten()
+        else:
+            phi_std, alpha = init.phi_std, init.alpha
+            pre = init.pre_bias(n, self.index, self.convention.eps_pre)
+            post = init.post_bias(n, self.index)
+            if self.res_map is not None:
+                res = self.res_map.initial_logits(n, init.off_diagonal)
+            else:
+                res = init.off_diagonal * (1.0 - torch.eye(n)).flatten()
+        values = [torch.tensor(pre), torch.tensor(post)]
+        if self.connection != "identity":
+            values.append(res)
+        self.bias.copy_(torch.cat([value.to(torch.float64) for value in values]))
+        if self.phi is not None:
+            nn.init.normal_(self.phi, std=phi_std) if phi_std else nn.init.zeros_(self.phi)
+        for gate in (self.alpha_pre, self.alpha_post, self.alpha_res):
+            if gate is not None:
+                gate.fill_(alpha)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperConnection:
+        super()._apply(fn, recurse)
+        self._implementation = resolve(self, self.requested_implementation)  # the device may have changed
+        return self
+
+    @property
+    def implementation(self) -> SiteImplementation:
+        """The object that runs this site, chosen once from the table."""
+        return self._implementation
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits before any map: those of both gates ``(..., 2 n)`` and the residual ones ``(..., k)``.
+
+        For "mhc" and "identity" they depend on the streams; the static kinds return their biases, expanded.
+        """
+        if self.connection not in ("mhc", "mhc_static", "identity"):
+            raise ValueError(f"A site of kind {self.connection!r} has no logits; its maps are free.")
+        if self.phi is None:
+            gate, residual = self.bias.tensor_split([2 * self.num_streams])
+            return gate.expand(*x.shape[:-2], -1), residual.expand(*x.shape[:-2], -1)
+        with functional.without_autocast(x.device.type):
+            return functional.site_logits(x, self, self.convention)
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return ``h_pre``, ``h_post`` and ``h_res`` of streams ``(..., n, C)``; ``h_res`` None is the identity."""
+        return _MAPS[self.connection](self, x)
+
+    def residual(self, logits: Tensor) -> Tensor:
+        """Map residual logits ``(..., k)`` to the operator ``(..., n, n)``, by the convention or by ``res_map``."""
+        if self.res_map is not None:
+            return self.res_map(logits)
+        n = self.num_streams
+        return functional.project_residual(logits.unflatten(-1, (n, n)), self.convention)
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the three maps of this site.
+
+        Parameters
+        ----------
+        x : Tensor
+            Streams ``(..., n, C)``.
+
+        Returns
+        -------
+        h_pre, h_post : Tensor
+            ``(..., n)``.
+        h_res : Tensor
+            ``(..., n, n)``, the operator that acts from the left, output stream first.
+
+        Raises
+        ------
+        ValueError
+            If ``x`` does not end in ``(n, C)``.
+
+        Examples
+        --------
+        >>> import torch
+        >>> site = HyperConnection(dim=8, num_streams=4)
+        >>> h_pre, h_post, h_res = site.coefficients(torch.randn(2, 4, 8))
+        >>> torch.allclose(h_res.sum(-1), torch.ones(2, 4))
+        True
+        """
+        self._check(x)
+        h_pre, h_post, h_res = self.maps(x)
+        if h_res is None:
+            eye = torch.eye(self.num_streams, dtype=h_pre.dtype, device=h_pre.device)
+            h_res = eye.expand(*x.shape[:-2], -1, -1)
+        return h_pre, h_post, h_res
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[-2] != self.num_streams or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"Streams must end in (num_streams, dim) = ({self.num_streams}, {self.dim}), got shape "
+                f"{tuple(x.shape)}; make them once with expand_streams(e, {self.num_streams})."
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"Streams must have a floating dtype, got {x.dtype}.")
+
+    def pre(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
+        """Read: the sublayer's input ``(..., C)`` and the state that :meth:`post` needs.
+
+        ``previous`` is the ``h_pre`` of the site before, needed where ``convention.read_delay`` is 1; None there means
+        that this is the first site.
+        """
+        self._check(x)
+        u, state = self._implementation.pre(x, self, previous)
+        if self._capture is not None:
+            self._capture.keep(self, x, state)
+        return u, state
+
+    def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
+        """Write: the next streams from those that entered, the sublayer's output and the state."""
+        return self._implementation.post(x, f, state)
+
+    def boundary(
+        self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
+    ) -> tuple[Tensor, Tensor, SiteState]:
+        """:meth:`post` of this site and :meth:`pre` of the next one, fused where both run the same row."""
+        if next_site._implementation is self._implementation:
+            x, u, state = self._implementation.boundary(x, f, state, next_site)
+        else:
+            x = self._implementation.post(x, f, state)
+            u, state = next_site._implementation.pre(x, next_site, state.h_pre)
+        if next_site._capture is not None:
+            next_site._capture.keep(next_site, x, state)
+        return x, u, state
+
+    def forward(self, x: Tensor, *args: Any, previous: SiteState | None = None, **kwargs: Any) -> Any:
+        """Apply the site to streams.
+
+        Parameters
+        ----------
+        x : Tensor
+            Streams ``(..., n, C)``.
+        *args, **kwargs
+            Passed on to the sublayer after its input.
+        previous : SiteState, optional
+            State of the site before, where ``convention.read_delay`` is 1. See :meth:`pre` to obtain states.
+
+        Returns
+        -------
+        Tensor or tuple
+            The next streams; if the sublayer returned a tuple, ``(streams, *the rest)``.
+        """
+        if self.sublayer is None:
+            raise ValueError("This site has no sublayer; give one to HyperConnection, or call pre() and post().")
+        u, state = self.pre(x, None if previous is None else previous.h_pre)
+        result = self.sublayer(u, *args, **kwargs)
+        if isinstance(result, tuple):
+            return self.post(x, result[0], state), *result[1:]
+        return self.post(x, result, state)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_streams={self.num_streams}, connection={self.connection!r}, "
+            f"convention={self.convention.name!r}"
+        )
+
+
+def _constrained_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    with functional.without_autocast(x.device.type):
+        gate, residual = functional.site_logits(x, site, site.convention)
+        return *functional.gate_maps(gate, site.convention), site.residual(residual)
+
+
+def _static_constrained_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    with functional.without_autocast(x.device.type):
+        gate, residual = site.bias.tensor_split([2 * site.num_streams])
+        maps = *functional.gate_maps(gate, site.convention), site.residual(residual)
+    return _expanded(maps, x)
+
+
+def _identity_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    with functional.without_autocast(x.device.type):
+        gate, _ = functional.site_logits(x, site, site.convention)
+        return *functional.gate_maps(gate, site.convention), None
+
+
+def _dynamic_hc_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    return functional.hc_coefficients(x, site, site.convention)
+
+
+def _static_hc_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    n = site.num_streams
+    pre, post, res = site.bias.split([n, n, n * n])
+    return _expanded((pre, post, res.view(n, n)), x)
+
+
+def _residual_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = functional.compute_dtype(x.dtype)
+    one_hot = torch.zeros(site.num_streams, dtype=dtype, device=x.device)
+    one_hot[0] = 1.0
+    pre, post, _ = _expanded((one_hot, torch.ones_like(one_hot), torch.eye(0)), x)
+    return pre, post, None
+
+
+def _expanded(maps: tuple[Tensor, Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same maps for every token of the streams."""
+    pre, post, res = maps
+    tokens = x.shape[:-2]
+    return pre.expand(*tokens, -1), post.expand(*tokens, -1), res.expand(*tokens, -1, -1)
+
+
+_MAPS: dict[str, Callable[[HyperConnection, Tensor], tuple[Tensor, Tensor, Tensor | None]]] = {
+    "mhc": _constrained_maps,
+    "mhc_static": _static_constrained_maps,
+    "identity": _identity_maps,
+    "hc": _dynamic_hc_maps,
+    "hc_static": _static_hc_maps,
+    "residual": _residual_maps,
+}
+
+
+class SiteRecord(NamedTuple):
+    """Coefficients of one site in one forward pass, detached; unpacks as ``h_pre, h_post, h_res``."""
+
+    h_pre: Tensor
+    h_post: Tensor
+    h_res: Tensor
+
+
+class CapturedCoefficients(Sequence[SiteRecord]):
+    """The records of a model's sites in depth order; empty until a forward pass has run.
+
+    A later forward pass, or the recomputation in a checkpointed backward pass, replaces the records.
+    """
+
+    def __init__(self, sites: Sequence[HyperConnection]) -> None:
+        self._sites = list(sites)
+        self._records: dict[int, tuple[SiteRecord, Tensor]] = {}
+        self.final_streams: Tensor | None = None
+
+    def keep(self, site: HyperConnection, x: Tensor, state: SiteState) -> None:
+        """Record a site's coefficients and the streams that entered it, detached and not copied."""
+        x = x.detach()
+        if state.h_pre is None or state.h_post is None or state.h_res is None:
+            with torch.no_grad():
+                record = SiteRecord(*site.coefficients(x))
+        else:
+            record = SiteRecord(state.h_pre.detach(), state.h_post.detach(), state.h_res.detach())
+        self._records[id(site)] = (record, x)
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The streams ``(..., n, C)`` that entered each recorded site, in depth order."""
+        return [self._records[id(site)][1] for site in self._sites if id(site) in self._records]
+
+    @property
+    def sites(self) -> list[HyperConnection]:
+        """The recorded sites, in depth order."""
+        return [site for site in self._sites if id(site) in self._records]
+
+    @overload
+    def __getitem__(self, index: int) -> SiteRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[SiteRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> SiteRecord | list[SiteRecord]:
+        return [self._records[id(site)][0] for site in self.sites][index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@contextmanager
+def capture_coefficients(model: nn.Module) -> Iterator[CapturedCoefficients]:
+    """Record every site's coefficients during the forward passes inside the context.
+
+    Parameters
+    ----------
+    model : Module
+        A model with :class:`HyperConnection` modules; ``model.sites`` gives their order in depth if it exists,
+        otherwise their order of registration does.
+
+    Yields
+    ------
+    CapturedCoefficients
+        A sequence of ``(h_pre, h_post, h_res)``, one for each site, detached and on the model's device. Its
+        ``streams`` are what entered each site and its ``final_streams`` what a Transformer's readout collapsed.
+        Recording copies nothing and does not wait for the device, but it keeps the recorded streams alive.
+
+    Examples
+    --------
+    >>> import torch
+    >>> site = HyperConnection(dim=8, num_streams=4, sublayer=torch.nn.Identity())
+    >>> with capture_coefficients(site) as captured:
+    ...     _ = site(torch.randn(3, 4, 8))
+    >>> [tuple(t.shape) for t in captured[0]]
+    [(3, 4), (3, 4), (3, 4, 4)]
+    """
+    sites = getattr(model, "sites", None)
+    if sites is None:
+        sites = [module for module in model.modules() if isinstance(module, HyperConnection)]
+    captured = CapturedCoefficients(list(sites))
+    readout = getattr(model, "readout_streams", None)
+
+    def keep_final(module: nn.Module, args: tuple[Any, ...]) -> None:
+        captured.final_streams = args[0].detach()
+
+    handle = None if readout is None else readout.register_forward_pre_hook(keep_final)
+    for site in captured._sites:
+        site._capture = captured
+    try:
+        yield captured
+    finally:
+        for site in captured._sites:
+            site._capture = None
+        if handle is not None:
+            handle.remove()
