@@ -1,4 +1,4 @@
-"""The machine-checked theorems: every lemma that a page or a claim names exists, and (marked `formal`) all are proved."""
+"""The machine-checked theorems: every lemma that a page names exists, and (marked `formal`) all are proved."""
 
 from __future__ import annotations
 
