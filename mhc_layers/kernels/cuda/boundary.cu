@@ -1,0 +1,212 @@
+// The write of one site and the projection of the next, in one read of the streams.
+//
+//   x'[t,o,c]   = sum_i h_res[t,o,i] x[t,i,c] + h_post[t,o] f[t,c]            rounded to bf16
+//   slab[t,j]   = sum over o and the block's channels of x'[t,o,c] phi[j,o,c]  of the rounded x', with phi in two bf16 terms
+//   square[t]   = sum over o and the block's channels of x'[t,o,c]^2
+// DELAYED (single pass, the next site reads with this site's h_pre):
+//   u[t,c]      = sum_o h_pre[t,o] x'[t,o,c]                                   of the rounded x'
+//
+// A block owns BLOCK_C channels of all streams, keeps their part of phi in shared memory and walks tiles of TOKENS tokens.
+// In a warp lane/4 is a pair of tokens (p, p + 8) and lane%4 eight neighbouring channels. The contraction may take channels
+// in any order, so the words stored as x' are already the tensor core's left operand. Its accumulators are a few registers,
+// because all channels and streams of a token sum into the same N numbers; the warps' shares are joined in shared memory
+// in a fixed order.
+#ifdef DELAYED
+constexpr bool DELAY = true;
+#else
+constexpr bool DELAY = false;
+#endif
+constexpr int TOKENS = 16;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int WARP_C = 32, BLOCK_C = WARPS * WARP_C;
+constexpr int STAGES = 2;
+constexpr int ROW = 2 * BLOCK_C, PITCH = ROW + 64;     // bytes; the padding makes the lanes' reads free of conflicts
+constexpr int SEGMENT = TOKENS * PITCH;                // one stream of one tile
+constexpr int SEGMENTS = n + 1;                        // x[n] | f
+// a token's coefficients in shared memory: h_post | h_res | h_pre
+constexpr int AT_RES = n, AT_PRE = n + n * n, COEFFICIENTS = AT_PRE + (DELAY ? n : 0);
+constexpr int COEFFICIENT_PITCH = (COEFFICIENTS + 3) / 8 * 8 + 4;
+constexpr int STAGE = SEGMENTS * SEGMENT + TOKENS * COEFFICIENT_PITCH * 4;
+constexpr int PHI_PIECES = WARPS * n * JT * 32;        // of 16 bytes, for one of phi's two terms
+constexpr int PHI_BYTES = 2 * PHI_PIECES * 16;
+constexpr int SHARE_PITCH = 8 * JT + 2;                // a warp's share of one token: N sums | square
+static_assert(SHARED_BYTES == PHI_BYTES + STAGES * STAGE + 2 * WARPS * TOKENS * SHARE_PITCH * 4,
+              "the launcher asks for the layout's bytes");
+static_assert(SHARED_BYTES <= 232448, "tiles and phi must fit in a multiprocessor's shared memory");
+
+// phi[N, n, C] fp32 -> the tensor core's operand order, both terms: piece (warp, o, jt, lane) holds
+// phi[8 jt + p] at stream o and the eight channels that the lanes with this q hold
+DEVICE void load_phi(const float* phi, uint4* terms, int channel0) {
+  for (int at = threadIdx.x; at < PHI_PIECES; at += THREADS) {
+    const int lane = at & 31, rest = at >> 5;
+    const int jt = rest % JT, o = rest / JT % n, warp = rest / (JT * n);
+    const int j = 8 * jt + (lane >> 2), channel = channel0 + warp * WARP_C + (lane & 3) * 8;
+    const float* from = phi + (i64)j * K + o * C + channel;
+    u32 hi[4], lo[4];
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      const bool l = j < N && channel + 2 * w < C, h = j < N && channel + 2 * w + 1 < C;
+      split(l ? __ldg(from + 2 * w) : 0.f, h ? __ldg(from + 2 * w + 1) : 0.f, hi[w], lo[w]);
+    }
+    terms[at] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    terms[PHI_PIECES + at] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+  }
+}
+
+DEVICE void load_tile(unsigned char* stage, const u16* x, const u16* f, const float* coef, i64 token0, int M,
+                      int channel0) {
+  constexpr int PIECES = BLOCK_C / VEC;
+#pragma unroll
+  for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
+    const int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
+    const i64 token = token0 + row;
+    const bool valid = token < M && channel < C;
+    unsigned char* to = stage + row * PITCH + at % PIECES * VEC * 2;
+#pragma unroll
+    for (int i = 0; i < n; i++) copy_async<2 * VEC>(to + i * SEGMENT, x + token * K + i * C + channel, valid);
+    copy_async<2 * VEC>(to + n * SEGMENT, f + token * C + channel, valid);
+  }
+  // coef[t] = h_pre | h_post | h_res; here h_pre comes last, or not at all
+  constexpr int WIDTH = n % 4 == 0 ? 4 : 1, GROUPS = COEFFICIENTS / WIDTH;
+  float* coefficients = (float*)(stage + SEGMENTS * SEGMENT);
+  for (int at = threadIdx.x; at < TOKENS * GROUPS; at += THREADS) {
+    const int row = at / GROUPS, col = at % GROUPS * WIDTH;
+    const i64 token = token0 + row;
+    copy_async<4 * WIDTH>(coefficients + row * COEFFICIENT_PITCH + col,
+                          coef + token * N + (col < AT_PRE ? n + col : col - AT_PRE), token < M);
+  }
+}
+
+DEVICE void store_tile(const unsigned char* stage, u16* out, u16* u, i64 token0, int M, int channel0) {
+  constexpr int PIECES = BLOCK_C / VEC;
+#pragma unroll
+  for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
+    const int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
+    const i64 token = token0 + row;
+    if (token < M && channel < C) {
+      const unsigned char* from = stage + row * PITCH + at % PIECES * VEC * 2;
+#pragma unroll
+      for (int o = 0; o < n; o++) store_row(out + token * K + o * C + channel, from + o * SEGMENT);
+      if (DELAY) store_row(u + token * C + channel, from + n * SEGMENT);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+boundary_forward_kernel(const u16* x, const u16* f, const float* coef, const float* phi, u16* out, u16* u, float* slabs,
+                        float* squares, int M) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  uint4* terms = (uint4*)shared;
+  unsigned char* stages = shared + PHI_BYTES;
+  float* shares = (float*)(stages + STAGES * STAGE);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3, p = lane >> 2;
+  const int channel0 = blockIdx.x * BLOCK_C;
+  const i64 tiles = ((i64)M + TOKENS - 1) / TOKENS;
+  const i64 tile0 = tiles * blockIdx.y / gridDim.y;
+  const int count = (int)(tiles * (blockIdx.y + 1) / gridDim.y - tile0);
+
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (s < count) load_tile(stages + s * STAGE, x, f, coef, (tile0 + s) * TOKENS, M, channel0);
+    copies_commit();
+  }
+  load_phi(phi, terms, channel0);
+  const uint4* phi_hi = terms + warp * (n * JT * 32) + lane;
+  const uint4* phi_lo = phi_hi + PHI_PIECES;
+
+  for (int it = 0; it < count; it++) {
+    unsigned char* stage = stages + it % STAGES * STAGE;
+    copies_wait<STAGES - 2>();
+    __syncthreads();
+    if (it + STAGES - 1 < count)
+      load_tile(stages + (it + STAGES - 1) % STAGES * STAGE, x, f, coef, (tile0 + it + STAGES - 1) * TOKENS, M, channel0);
+    copies_commit();
+
+    unsigned char* mine = stage + p * PITCH + warp * WARP_C * 2 + q * 16;  // token p; token p + 8 is 8 rows on
+    const float* coefficients = (const float*)(stage + SEGMENTS * SEGMENT) + p * COEFFICIENT_PITCH;
+    uint4 xw[n][2], fw[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      fw[k] = *(const uint4*)(mine + n * SEGMENT + 8 * k * PITCH);
+#pragma unroll
+      for (int i = 0; i < n; i++) xw[i][k] = *(const uint4*)(mine + i * SEGMENT + 8 * k * PITCH);
+    }
+    float sums[JT][4], square[2] = {0.f, 0.f}, read[DELAY ? 16 : 1];
+#pragma unroll
+    for (int a = 0; a < 4 * JT; a++) (&sums[0][0])[a] = 0.f;
+    if (DELAY)
+#pragma unroll
+      for (int a = 0; a < 16; a++) read[DELAY ? a : 0] = 0.f;
+#pragma unroll
+    for (int o = 0; o < n; o++) {
+      u32 y[2][4];
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const float* h = coefficients + 8 * k * COEFFICIENT_PITCH;
+        const float post = h[o], pre = DELAY ? h[AT_PRE + o] : 0.f;
+        float res[n];
+        if constexpr (n == 4) *(float4*)res = *(const float4*)(h + AT_RES + o * n);
+        else
+#pragma unroll
+          for (int i = 0; i < n; i++) res[i] = h[AT_RES + o * n + i];
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+          const u32 word = (&fw[k].x)[w];
+          float l = post * low(word), m = post * high(word);
+#pragma unroll
+          for (int i = 0; i < n; i++) {
+            const u32 v = (&xw[i][k].x)[w];
+            l = fmaf(res[i], low(v), l), m = fmaf(res[i], high(v), m);
+          }
+          y[k][w] = pack(l, m);
+          l = low(y[k][w]), m = high(y[k][w]);
+          square[k] = fmaf(m, m, fmaf(l, l, square[k]));
+          if (DELAY) {
+            float* r = read + (DELAY ? 8 * k + 2 * w : 0);
+            r[0] = fmaf(pre, l, r[0]), r[DELAY ? 1 : 0] = fmaf(pre, m, r[DELAY ? 1 : 0]);
+          }
+        }
+        *(uint4*)(mine + o * SEGMENT + 8 * k * PITCH) = make_uint4(y[k][0], y[k][1], y[k][2], y[k][3]);
+      }
+#pragma unroll
+      for (int jt = 0; jt < JT; jt++) {
+        const uint4 hi = phi_hi[(o * JT + jt) * 32], lo = phi_lo[(o * JT + jt) * 32];
+        mma16(sums[jt], y[0][0], y[1][0], y[0][1], y[1][1], hi.x, hi.y);
+        mma16(sums[jt], y[0][2], y[1][2], y[0][3], y[1][3], hi.z, hi.w);
+        mma16(sums[jt], y[0][0], y[1][0], y[0][1], y[1][1], lo.x, lo.y);
+        mma16(sums[jt], y[0][2], y[1][2], y[0][3], y[1][3], lo.z, lo.w);
+      }
+    }
+    float* share = shares + ((it & 1) * WARPS + warp) * TOKENS * SHARE_PITCH;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      square[k] += __shfl_xor_sync(~0u, square[k], 1);
+      square[k] += __shfl_xor_sync(~0u, square[k], 2);
+      float* row = share + (p + 8 * k) * SHARE_PITCH;
+      if (q == 0) row[8 * JT] = square[k];
+#pragma unroll
+      for (int jt = 0; jt < JT; jt++) *(float2*)(row + 8 * jt + 2 * q) = make_float2(sums[jt][2 * k], sums[jt][2 * k + 1]);
+      if (DELAY) {
+        const float* r = read + (DELAY ? 8 * k : 0);
+        *(uint4*)(mine + n * SEGMENT + 8 * k * PITCH) =
+            make_uint4(pack(r[0], r[DELAY ? 1 : 0]), pack(r[DELAY ? 2 : 0], r[DELAY ? 3 : 0]),
+                       pack(r[DELAY ? 4 : 0], r[DELAY ? 5 : 0]), pack(r[DELAY ? 6 : 0], r[DELAY ? 7 : 0]));
+      }
+    }
+    __syncthreads();
+    const i64 token0 = (tile0 + it) * TOKENS;
+    store_tile(stage, out, u, token0, M, channel0);
+    const float* tile_shares = shares + (it & 1) * WARPS * TOKENS * SHARE_PITCH;
+    for (int at = threadIdx.x; at < TOKENS * (N + 1); at += THREADS) {
+      const int row = at / (N + 1), j = at % (N + 1);
+      float total = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) total += tile_shares[(w * TOKENS + row) * SHARE_PITCH + (j < N ? j : 8 * JT)];
+      const i64 token = (i64)blockIdx.x * M + token0 + row;
+      if (token0 + row < M) {
+        if (j < N) slabs[token * N + j] = total;
+        else squares[token] = total;
+      }
+    }
+  }
+}

@@ -1,0 +1,336 @@
+// The last backward step of a site and, CHAINED, the first one of the site before it, in one read of the streams.
+//
+//   dx[t,i,c]   = sum_o h_res[t,o,i] g[t,o,c] + h_pre[t,i] du[t,c] + rc[t] x[t,i,c] + sum_j dz[t,j] phi[j,i,c]
+//   dphi[j,i,c] = sum_t dz[t,j] x[t,i,c]
+// mix[t,i,:] holds h_res[t,:,i], h_pre[t,i], rc[t]; dz is given as two bf16 terms.
+// CHAINED: x is what the site before wrote, so dx is the gradient of its write. With that site's input streams y, sublayer
+// output f and projections proj (which give h_post, Eq. 16 and 18):
+//   df[t,c] = sum_o h_post[t,o] dx[t,o,c]     dots[t,o] = <dx[t,o], f[t]>     dots[t,n+o*n+i] = <dx[t,o], y[t,i]>
+//
+// A block owns BLOCK_C channels of all streams and walks tiles of TOKENS tokens: rows of 512 bytes travel through
+// STAGES tiles of padded shared memory. In a warp lane%4 is a pair of tokens and lane/4 a group of channels, so that the
+// registers holding x are, after one byte permutation, the tensor core's operand of dphi, and its result of dz phi lands
+// where x, g and du of the same token and channel already are. dphi accumulates in registers over all tiles of the block
+// and is written once, to the block's own slab; slabs are summed in a fixed order afterwards (no atomics).
+#ifdef CHAINED
+constexpr bool CHAIN = true;
+#else
+constexpr bool CHAIN = false;
+#endif
+constexpr int TOKENS = 8;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int MT = n <= 4 ? 2 : 1;                     // 16-channel tensor-core tiles of a warp
+constexpr int WARP_C = 16 * MT, BLOCK_C = WARPS * WARP_C;
+constexpr int STAGES = CHAIN || n > 4 ? 2 : 3;
+constexpr int ROW = 2 * BLOCK_C, PITCH = ROW + 16;     // bytes; the padding makes the lanes' reads free of conflicts
+constexpr int SEGMENT = TOKENS * PITCH;                // one stream of one tile
+constexpr int SEGMENTS = 2 * n + 1 + (CHAIN ? n + 1 : 0);  // x[n] | g[n] | du | y[n] | f
+constexpr int DOTS = n + n * n, DOTS_PADDED = (DOTS + 7) / 8 * 8;
+constexpr int P = MIX_COLUMNS, NP = DZ_COLUMNS;        // padded widths of mix and dz
+// a token's numbers in shared memory, in words: mix | dz high | dz low | proj of post
+constexpr int AT_DZ = n * P, AT_POST = AT_DZ + NP, NUMBERS = AT_POST + (CHAIN ? n : 0);
+constexpr int NUMBERS_PITCH = (NUMBERS + 11) / 16 * 16 + 4;  // 4 mod 16: neighbouring tokens fall in different banks
+constexpr int STAGE = SEGMENTS * SEGMENT + TOKENS * NUMBERS_PITCH * 4;
+constexpr int PHI_WORDS = WARPS * n * MT * JT * 32;    // of uint2, for one of phi's two terms
+constexpr int PHI_BYTES = 2 * PHI_WORDS * 8;
+static_assert(SHARED_BYTES == PHI_BYTES + STAGES * STAGE + (CHAIN ? WARPS * TOKENS * DOTS_PADDED * 4 : 0),
+              "the launcher asks for the layout's bytes");
+static_assert(SHARED_BYTES <= 232448, "tiles and phi must fit in a multiprocessor's shared memory");
+
+struct Inputs {
+  const u16 *x, *g, *du, *dz, *y, *f;
+  const float *mix, *proj;
+};
+
+// phi[N, n, C] fp32 -> the tensor core's operand order, both terms: word r of (warp, i, mt, jt, lane) holds
+// phi[8 jt + 2q, + 1] at stream i and channel 2 MT p + 2 mt + r of the warp
+DEVICE void load_phi(const float* phi, uint2* terms, int channel0) {
+  for (int at = threadIdx.x; at < PHI_WORDS; at += THREADS) {
+    int lane = at & 31, rest = at >> 5;
+    int jt = rest % JT, mt = rest / JT % MT, i = rest / (JT * MT) % n, warp = rest / (JT * MT * n);
+    int j = 8 * jt + 2 * (lane & 3), channel = channel0 + warp * WARP_C + (lane >> 2) * 2 * MT + 2 * mt;
+    u32 hi[2], lo[2];
+    for (int r = 0; r < 2; r++) {
+      bool inside = channel + r < C;
+      const float* from = phi + (i64)j * K + i * C + channel + r;
+      split(inside && j < N ? __ldg(from) : 0.f, inside && j + 1 < N ? __ldg(from + K) : 0.f, hi[r], lo[r]);
+    }
+    terms[at] = make_uint2(hi[0], hi[1]);
+    terms[PHI_WORDS + at] = make_uint2(lo[0], lo[1]);
+  }
+}
+
+DEVICE void load_tile(unsigned char* stage, const Inputs& in, i64 token0, int M, int channel0) {
+  constexpr int PIECES = BLOCK_C / VEC;
+#pragma unroll
+  for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
+    int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
+    i64 token = token0 + row;
+    bool valid = token < M && channel < C;
+    unsigned char* to = stage + row * PITCH + at % PIECES * VEC * 2;
+    const i64 streams = token * K + channel, single = token * C + channel;
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+      copy_async<2 * VEC>(to + i * SEGMENT, in.x + streams + i * C, valid);
+      copy_async<2 * VEC>(to + (n + i) * SEGMENT, in.g + streams + i * C, valid);
+      if (CHAIN) copy_async<2 * VEC>(to + (2 * n + 1 + i) * SEGMENT, in.y + streams + i * C, valid);
+    }
+    copy_async<2 * VEC>(to + 2 * n * SEGMENT, in.du + single, valid);
+    if (CHAIN) copy_async<2 * VEC>(to + (3 * n + 1) * SEGMENT, in.f + single, valid);
+  }
+  u32* numbers = (u32*)(stage + SEGMENTS * SEGMENT);
+  constexpr int MIX_PIECES = n * P / 4, NUMBER_PIECES = MIX_PIECES + NP / 4;
+  for (int at = threadIdx.x; at < TOKENS * NUMBER_PIECES; at += THREADS) {
+    const int row = at / NUMBER_PIECES, piece = at % NUMBER_PIECES;
+    const i64 token = token0 + row;
+    const void* from = piece < MIX_PIECES ? (const void*)(in.mix + token * (n * P) + piece * 4)
+                                          : (const void*)(in.dz + token * (2 * NP) + (piece - MIX_PIECES) * 8);
+    copy_async<16>(numbers + row * NUMBERS_PITCH + piece * 4, from, token < M);
+  }
+  if (CHAIN && threadIdx.x < TOKENS * n) {
+    const int row = threadIdx.x / n, o = threadIdx.x % n;
+    copy_async<4>(numbers + row * NUMBERS_PITCH + AT_POST + o, in.proj + (token0 + row) * N + n + o, token0 + row < M);
+  }
+}
+
+DEVICE void store_streams(const unsigned char* stage, u16* dx, u16* df, i64 token0, int M, int channel0) {
+  constexpr int PIECES = BLOCK_C / VEC;
+#pragma unroll
+  for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
+    int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
+    i64 token = token0 + row;
+    if (token < M && channel < C) {
+      const unsigned char* from = stage + row * PITCH + at % PIECES * VEC * 2;
+#pragma unroll
+      for (int i = 0; i < n; i++) store_row(dx + token * K + i * C + channel, from + i * SEGMENT);
+      if (CHAIN) store_row(df + token * C + channel, from + (3 * n + 1) * SEGMENT);
+    }
+  }
+}
+
+DEVICE void read_words(u32* words, const unsigned char* from) {
+  if constexpr (MT == 2) {
+    uint2 w = *(const uint2*)from;
+    words[0] = w.x, words[1] = w.y;
+  } else {
+    words[0] = *(const u32*)from;
+  }
+}
+DEVICE void write_words(unsigned char* to, const u32* words) {
+  if constexpr (MT == 2) *(uint2*)to = make_uint2(words[0], words[1]);
+  else *(u32*)to = words[0];
+}
+
+// Sum V values over the eight lanes of one token pair (lane bits 2-4). Each step halves what a lane keeps, so that
+// lane p ends with the totals of values [first, first + V/8); returns first.
+template <int V> DEVICE int sum_over_channels(float* v, int lane) {
+  int first = 0;
+#pragma unroll
+  for (int step = 0; step < 3; step++) {
+    const int half = V >> (step + 1);
+    const bool upper = lane & (4 << step);
+#pragma unroll
+    for (int k = 0; k < V / 2; k++)
+      if (k < half) {
+        float send = upper ? v[k] : v[k + half], keep = upper ? v[k + half] : v[k];
+        v[k] = keep + __shfl_xor_sync(~0u, send, 4 << step);
+      }
+    first += upper ? half : 0;
+  }
+  return first;
+}
+
+struct Mixing {
+  float alpha, multiplier, bias[n];
+};
+
+// dots and df of the site before, from dx (bf16, as stored) of two tokens; see the top
+DEVICE void chain(unsigned char* mine, const float* numbers, const Mixing& post, const u32 (*dx)[2][MT], float* partial,
+                  int lane) {
+  const int q = lane & 3;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float dots[DOTS_PADDED];
+#pragma unroll
+    for (int k = 0; k < DOTS_PADDED; k++) dots[k] = 0.f;
+    unsigned char* at = mine + e * PITCH;
+    float h_post[n];  // Eq. 16 and 18
+#pragma unroll
+    for (int o = 0; o < n; o++)
+      h_post[o] = post.multiplier /
+                  (1.f + __expf(-fmaf(post.alpha, numbers[(2 * q + e) * NUMBERS_PITCH + AT_POST + o], post.bias[o])));
+    u32 f[MT], df[MT], y[n][MT];
+    read_words(f, at + (3 * n + 1) * SEGMENT);
+#pragma unroll
+    for (int i = 0; i < n; i++) read_words(y[i], at + (2 * n + 1 + i) * SEGMENT);
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+      float sum_l = 0.f, sum_h = 0.f;
+#pragma unroll
+      for (int o = 0; o < n; o++) {
+        const float l = low(dx[o][e][mt]), h = high(dx[o][e][mt]);
+        sum_l = fmaf(h_post[o], l, sum_l), sum_h = fmaf(h_post[o], h, sum_h);
+        dots[o] = fmaf(h, high(f[mt]), fmaf(l, low(f[mt]), dots[o]));
+#pragma unroll
+        for (int i = 0; i < n; i++)
+          dots[n + o * n + i] = fmaf(h, high(y[i][mt]), fmaf(l, low(y[i][mt]), dots[n + o * n + i]));
+      }
+      df[mt] = pack(sum_l, sum_h);
+    }
+    write_words(at + (3 * n + 1) * SEGMENT, df);
+    const int first = sum_over_channels<DOTS_PADDED>(dots, lane);
+#pragma unroll
+    for (int k = 0; k < DOTS_PADDED / 8; k++) partial[(2 * q + e) * DOTS_PADDED + first + k] = dots[k];
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* mix, const u16* dz, const float* phi,
+                        const u16* y, const u16* f, const float* proj, const float* alpha, const float* bias,
+                        float post_multiplier, u16* dx, float* dphi_slabs, u16* df, float* dots_slabs, int M) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  uint2* terms = (uint2*)shared;
+  unsigned char* stages = shared + PHI_BYTES;
+  float* partials = (float*)(stages + STAGES * STAGE);
+  const Inputs in = {x, g, du, dz, y, f, mix, proj};
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3, p = lane >> 2;
+  const int channel0 = blockIdx.x * BLOCK_C;
+  const i64 tiles = ((i64)M + TOKENS - 1) / TOKENS;
+  const i64 tile0 = tiles * blockIdx.y / gridDim.y;
+  const int count = (int)(tiles * (blockIdx.y + 1) / gridDim.y - tile0);
+
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (s < count) load_tile(stages + s * STAGE, in, (tile0 + s) * TOKENS, M, channel0);
+    copies_commit();
+  }
+  load_phi(phi, terms, channel0);
+  Mixing post;
+  if (CHAIN) {
+    post.alpha = __ldg(alpha + 1), post.multiplier = post_multiplier;
+#pragma unroll
+    for (int o = 0; o < n; o++) post.bias[o] = __ldg(bias + n + o);
+  }
+  float dphi[n][MT][JT][4];
+#pragma unroll
+  for (int k = 0; k < n * MT * JT * 4; k++) (&dphi[0][0][0][0])[k] = 0.f;
+  const uint2* phi_hi = terms + warp * (n * MT * JT * 32) + lane;
+  const uint2* phi_lo = phi_hi + PHI_WORDS;
+
+  for (int it = 0; it < count; it++) {
+    unsigned char* stage = stages + it % STAGES * STAGE;
+    copies_wait<STAGES - 2>();
+    __syncthreads();
+    if (it + STAGES - 1 < count)
+      load_tile(stages + (it + STAGES - 1) % STAGES * STAGE, in, (tile0 + it + STAGES - 1) * TOKENS, M, channel0);
+    copies_commit();
+
+    unsigned char* mine = stage + 2 * q * PITCH + warp * WARP_C * 2 + p * 4 * MT;  // token 2q; the next row is 2q + 1
+    const float* numbers = (const float*)(stage + SEGMENTS * SEGMENT);
+    // dz as the right operand of phi dz (token p, coefficients 2q) and of x^T dz (tokens 2q, coefficient p)
+    u32 z_hi[JT], z_lo[JT], t_hi[JT], t_lo[JT];
+    const u32* z = (const u32*)numbers + p * NUMBERS_PITCH + AT_DZ + q;
+    const u16* t = (const u16*)((const u32*)numbers + 2 * q * NUMBERS_PITCH + AT_DZ) + p;
+#pragma unroll
+    for (int jt = 0; jt < JT; jt++) {
+      z_hi[jt] = z[4 * jt], z_lo[jt] = z[NP / 2 + 4 * jt];
+      t_hi[jt] = t[8 * jt] | (u32)t[8 * jt + 2 * NUMBERS_PITCH] << 16;
+      t_lo[jt] = t[8 * jt + NP] | (u32)t[8 * jt + NP + 2 * NUMBERS_PITCH] << 16;
+    }
+    u32 gw[n][2][MT], uw[2][MT], out[n][2][MT];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      read_words(uw[e], mine + 2 * n * SEGMENT + e * PITCH);
+#pragma unroll
+      for (int o = 0; o < n; o++) read_words(gw[o][e], mine + (n + o) * SEGMENT + e * PITCH);
+    }
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+      u32 xw[2][MT];
+      read_words(xw[0], mine + i * SEGMENT);
+      read_words(xw[1], mine + i * SEGMENT + PITCH);
+      // sum_j dz phi: high x high + low x high + high x low
+      float sum[MT][4];
+#pragma unroll
+      for (int mt = 0; mt < MT; mt++) {
+        const uint2* hi = phi_hi + (i * MT + mt) * JT * 32;
+        const uint2* lo = phi_lo + (i * MT + mt) * JT * 32;
+        sum[mt][0] = sum[mt][1] = sum[mt][2] = sum[mt][3] = 0.f;
+#pragma unroll
+        for (int jt = 0; jt + 1 < JT; jt += 2) {
+          const uint2 a = hi[jt * 32], b = hi[(jt + 1) * 32], c = lo[jt * 32], d = lo[(jt + 1) * 32];
+          mma16(sum[mt], a.x, a.y, b.x, b.y, z_hi[jt], z_hi[jt + 1]);
+          mma16(sum[mt], a.x, a.y, b.x, b.y, z_lo[jt], z_lo[jt + 1]);
+          mma16(sum[mt], c.x, c.y, d.x, d.y, z_hi[jt], z_hi[jt + 1]);
+        }
+        if (JT % 2) {
+          const uint2 a = hi[(JT - 1) * 32], c = lo[(JT - 1) * 32];
+          mma16(sum[mt], a.x, a.y, a.x, a.y, z_hi[JT - 1], z_lo[JT - 1]);
+          mma8(sum[mt], c.x, c.y, z_hi[JT - 1]);
+        }
+      }
+      // + h_res^T g + h_pre du + rms x
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float* row = numbers + (2 * q + e) * NUMBERS_PITCH + i * P;
+        float h[(n + 5) / 4 * 4];  // h_res[:, i], h_pre[i], rc
+#pragma unroll
+        for (int k = 0; k < n + 2; k += 4) *(float4*)(h + k) = *(const float4*)(row + k);
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+          float l = fmaf(h[n + 1], low(xw[e][mt]), sum[mt][e]), m = fmaf(h[n + 1], high(xw[e][mt]), sum[mt][2 + e]);
+          l = fmaf(h[n], low(uw[e][mt]), l), m = fmaf(h[n], high(uw[e][mt]), m);
+#pragma unroll
+          for (int o = 0; o < n; o++) l = fmaf(h[o], low(gw[o][e][mt]), l), m = fmaf(h[o], high(gw[o][e][mt]), m);
+          out[i][e][mt] = pack(l, m);
+        }
+        write_words(mine + i * SEGMENT + e * PITCH, out[i][e]);  // over x, which only this lane reads
+      }
+      // dphi += x^T dz: the two tokens of a word pair side by side, x once for dz's high term and once for its low one
+#pragma unroll
+      for (int mt = 0; mt < MT; mt++) {
+        const u32 a0 = __byte_perm(xw[0][mt], xw[1][mt], 0x5410), a1 = __byte_perm(xw[0][mt], xw[1][mt], 0x7632);
+#pragma unroll
+        for (int jt = 0; jt < JT; jt++) mma16(dphi[i][mt][jt], a0, a1, a0, a1, t_hi[jt], t_lo[jt]);
+      }
+    }
+    if (CHAIN) chain(mine, numbers, post, out, partials + warp * TOKENS * DOTS_PADDED, lane);
+    __syncthreads();
+    const i64 token0 = (tile0 + it) * TOKENS;
+    store_streams(stage, dx, df, token0, M, channel0);
+    if (CHAIN) {
+      for (int at = threadIdx.x; at < TOKENS * DOTS; at += THREADS) {
+        const int row = at / DOTS, k = at % DOTS;
+        float total = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) total += partials[(w * TOKENS + row) * DOTS_PADDED + k];
+        if (token0 + row < M) dots_slabs[((i64)blockIdx.x * M + token0 + row) * DOTS + k] = total;
+      }
+    }
+  }
+
+  float* slab = dphi_slabs + (i64)blockIdx.y * N * K;
+  const int channel = channel0 + warp * WARP_C + p * 2 * MT;
+#pragma unroll
+  for (int i = 0; i < n; i++)
+#pragma unroll
+    for (int jt = 0; jt < JT; jt++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int j = 8 * jt + 2 * q + e;
+        if (j < N) {
+          float* to = slab + (i64)j * K + i * C + channel;
+          if constexpr (MT == 2 && C % 4 == 0) {
+            if (channel < C)
+              *(float4*)to = make_float4(dphi[i][0][jt][e], dphi[i][0][jt][2 + e], dphi[i][MT - 1][jt][e],
+                                         dphi[i][MT - 1][jt][2 + e]);
+          } else {
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+              for (int r = 0; r < 2; r++)
+                if (channel + 2 * mt + r < C) to[2 * mt + r] = dphi[i][mt][jt][2 * r + e];
+          }
+        }
+      }
+}

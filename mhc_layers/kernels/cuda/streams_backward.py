@@ -1,0 +1,171 @@
+"""The last backward kernel of a site (B2), alone or chained with the first one (A) of the site before.
+
+Tokens M, streams n, channels C, K = nC, N = n(n + 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhc_layers.kernels.cuda.launch import kernels, refuse, token_splits
+
+__all__ = ["applies", "applies_chained", "streams_backward", "streams_backward_chained"]
+
+_TOKENS = 8
+_WARPS = 8
+
+
+def applies(x: Tensor, g: Tensor | None, gu: Tensor | None) -> str | None:
+    """Return why :func:`streams_backward` does not run on these tensors, or None if it does."""
+    if g is None or gu is None:
+        return "CUDA streams_backward takes both gradients, one is absent"
+    return refuse(x, (2, 3, 4, 6), "CUDA streams_backward")
+
+
+def applies_chained(x: Tensor, g: Tensor | None, gu: Tensor | None) -> str | None:
+    """Return why :func:`streams_backward_chained` does not run on these tensors, or None if it does."""
+    if g is None or gu is None:
+        return "CUDA streams_backward_chained takes both gradients, one is absent"
+    return refuse(x, (2, 3, 4), "CUDA streams_backward_chained")
+
+
+def _geometry(num_streams: int, num_mix: int, num_dz: int, chained: bool) -> tuple[int, int]:
+    """Channels of a block and its bytes of shared memory; the source asserts the bytes."""
+    n, jt = num_streams, -(-num_streams * (num_streams + 2) // 8)
+    mt = 2 if n <= 4 else 1
+    block_c = _WARPS * 16 * mt
+    stages = 2 if chained or n > 4 else 3
+    segments = 2 * n + 1 + (n + 1 if chained else 0)
+    numbers = n * num_mix + num_dz + (n if chained else 0)
+    stage = segments * _TOKENS * (2 * block_c + 16) + _TOKENS * 4 * ((numbers + 11) // 16 * 16 + 4)
+    dots = -(-(n + n * n) // 8) * 8
+    phi = 2 * _WARPS * n * mt * jt * 32 * 8
+    return block_c, phi + stages * stage + (_WARPS * _TOKENS * dots * 4 if chained else 0)
+
+
+def _launch(
+    x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, phi: Tensor, before: tuple[Any, ...] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (m, n, c), big_n = x.shape, phi.shape[0]
+    chained = before is not None
+    block_c, shared = _geometry(n, mix.shape[-1], dz.shape[-1], chained)
+    macros = (f"-DMIX_COLUMNS={mix.shape[-1]}", f"-DDZ_COLUMNS={dz.shape[-1]}", f"-DSHARED_BYTES={shared}")
+    module = kernels("streams_backward", n, c, (*macros, "-DCHAINED") if chained else macros, x.get_device())
+    groups = -(-c // block_c)
+    splits = token_splits(m, _TOKENS, groups, 4, x.get_device())
+    dx = torch.empty_like(x)
+    slabs = torch.empty((splits, big_n, n * c), dtype=torch.float32, device=x.device)
+    y, f, proj, alpha, bias, post_multiplier = before or (x, gu, mix, mix, mix, 0.0)
+    df = torch.empty_like(f) if chained else dx
+    dots = torch.empty((groups, m, n + n * n), dtype=torch.float32, device=x.device) if chained else slabs
+    module.function("streams_backward_kernel")(
+        (groups, splits),
+        (32 * _WARPS,),
+        (
+            x,
+            g,
+            gu,
+            mix,
+            dz,
+            phi,
+            y,
+            f,
+            proj,
+            alpha,
+            bias,
+            np.float32(post_multiplier),
+            dx,
+            slabs,
+            df,
+            dots,
+            np.int32(m),
+        ),
+        shared_bytes=shared,
+    )
+    return dx, slabs, df, dots
+
+
+def streams_backward(x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of the streams, and partial gradients of phi from the same read.
+
+    ``dx[i] = sum_o h_res[o, i] g[o] + h_pre[i] gu + rc x[i] + phi_i^T dz`` and ``dphi = sum_t dz_t x_t^T``.
+
+    Parameters
+    ----------
+    x, g : Tensor
+        Streams and the gradient of the next streams, ``(M, n, C)`` bfloat16.
+    gu : Tensor
+        Gradient of the sublayer's input, ``(M, C)`` bfloat16.
+    mix : Tensor
+        ``(M, n, P)`` float32: row i is ``h_res[:, i]``, ``h_pre[i]``, ``rc``, padding.
+    dz : Tensor
+        ``(M, 2, Q)`` bfloat16: gradient of the raw projections in two terms, padded with zeros.
+    phi : Tensor
+        ``(N, K)`` float32; enters as two bfloat16 terms.
+
+    Returns
+    -------
+    dx : Tensor
+        ``(M, n, C)`` bfloat16.
+    dphi_slabs : Tensor
+        ``(S, N, K)`` float32, one slab per split of the tokens; their sum in order is the gradient of phi.
+    """
+    if x.shape[0] == 0:
+        return torch.empty_like(x), x.new_zeros((1, *phi.shape), dtype=torch.float32)
+    dx, slabs, _, _ = _launch(x, g, gu, mix, dz, phi, None)
+    return dx, slabs
+
+
+def streams_backward_chained(
+    x: Tensor,
+    g: Tensor,
+    gu: Tensor,
+    mix: Tensor,
+    dz: Tensor,
+    phi: Tensor,
+    y: Tensor,
+    f: Tensor,
+    proj: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    post_multiplier: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run :func:`streams_backward` of a site and the write's backward of the site before it, which wrote ``x``.
+
+    Parameters
+    ----------
+    x, g, gu, mix, dz, phi
+        As for :func:`streams_backward`.
+    y, f : Tensor
+        Streams that entered the site before ``(M, n, C)`` and its sublayer's output ``(M, C)``, bfloat16.
+    proj, alpha, bias : Tensor
+        Its projections ``(M, N)``, gates ``(3,)`` and biases ``(N,)``, float32, from which ``h_post`` is made again.
+    post_multiplier : float
+        Of its convention.
+
+    Returns
+    -------
+    dx, dphi_slabs : Tensor
+        As for :func:`streams_backward`.
+    df : Tensor
+        ``(M, C)`` bfloat16: gradient of ``f``.
+    dcoef : Tensor
+        ``(M, N)`` float32: gradient of the site's coefficients, zero in the columns of ``h_pre``.
+    """
+    (m, n, _), big_n = x.shape, phi.shape[0]
+    if m == 0:
+        zero = x.new_zeros((1, *phi.shape), dtype=torch.float32)
+        return torch.empty_like(x), zero, torch.empty_like(f), torch.empty_like(proj)
+    dx, slabs, df, dots = _launch(x, g, gu, mix, dz, phi, (y, f, proj, alpha, bias, post_multiplier))
+    dcoef = torch.empty((m, big_n), dtype=torch.float32, device=x.device)
+    _, shared = _geometry(n, mix.shape[-1], dz.shape[-1], True)
+    macros = (f"-DMIX_COLUMNS={mix.shape[-1]}", f"-DDZ_COLUMNS={dz.shape[-1]}", f"-DSHARED_BYTES={shared}")
+    module = kernels("streams_backward", n, x.shape[-1], (*macros, "-DCHAINED"), x.get_device())
+    module.function("sum_dots_kernel")(
+        (-(-m * big_n // 256),), (256,), (dots, dcoef, np.int32(dots.shape[0]), np.int32(m))
+    )
+    return dx, slabs, df, dcoef

@@ -1,0 +1,165 @@
+"""CUDA C++ kernels of the fused layer against float64, on a GPU; every output starts as NaN.
+
+Shapes: n in {2, 3, 4, 6}, C that divides nothing (1000, 1001, 90), one token, a few, a tile and a bit, thousands.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mhc_layers.kernels.cuda import boundary, streams_backward
+
+pytestmark = pytest.mark.gpu
+
+#: rounding of the bf16 outputs themselves is 1.66e-3 (relative Frobenius error on random data)
+BF16 = 1.8e-3
+FP32 = 2e-5
+SHAPES = [
+    (4, 1280, 130),
+    (4, 1000, 7),
+    (4, 1001, 33),
+    (4, 90, 1),
+    (4, 4096, 2049),
+    (3, 1280, 130),
+    (3, 333, 17),
+    (2, 1000, 70),
+]
+
+
+@pytest.fixture(autouse=True)
+def outputs_start_as_nan() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    assert got.shape == expected.shape
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+class Site:
+    """Random inputs of every kernel here, on the GPU, with the float64 values that the kernels are given."""
+
+    def __init__(self, n: int, c: int, m: int, seed: int = 0) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device="cuda", generator=generator)
+
+        big_n = n * (n + 2)
+        self.n, self.c, self.m, self.big_n = n, c, m, big_n
+        self.x, self.g, self.y = (normal(m, n, c).bfloat16() for _ in range(3))
+        self.gu, self.f = normal(m, c).bfloat16(), normal(m, c).bfloat16()
+        self.phi = normal(big_n, n * c) / (n * c) ** 0.5
+        self.coef, self.proj = normal(m, big_n).abs(), normal(m, big_n)
+        self.alpha, self.bias = normal(3), normal(big_n)
+        width = 1 << (n + 1).bit_length()
+        padded = max(16, 1 << (big_n - 1).bit_length())
+        self.mix = torch.zeros(m, n, width, device="cuda")
+        self.mix[:, :, : n + 2] = normal(m, n, n + 2)
+        dz = normal(m, big_n)
+        self.dz = torch.zeros(m, 2, padded, device="cuda", dtype=torch.bfloat16)
+        self.dz[:, 0, :big_n] = dz.bfloat16()
+        self.dz[:, 1, :big_n] = (dz - dz.bfloat16().float()).bfloat16()
+
+    def streams_backward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        x, g, gu, mix = self.x.double(), self.g.double(), self.gu.double(), self.mix.double()
+        dz, n = self.dz.double().sum(1)[:, : self.big_n], self.n
+        dx = (
+            torch.einsum("tio,toc->tic", mix[:, :, :n], g)
+            + mix[:, :, n, None] * gu[:, None]
+            + mix[:, :, n + 1, None] * x
+        )
+        dx = dx + (dz @ self.phi.double()).view_as(x)
+        return dx, dz.T @ x.flatten(1)
+
+    def write_backward(self, dx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n, g = self.n, dx.double()
+        h_post = 2 * torch.sigmoid(
+            self.alpha[1].double() * self.proj[:, n : 2 * n].double() + self.bias[n : 2 * n].double()
+        )
+        df = torch.einsum("to,toc->tc", h_post, g)
+        post = torch.einsum("toc,tc->to", g, self.f.double())
+        res = torch.einsum("toc,tic->toi", g, self.y.double()).flatten(1)
+        return df, torch.cat([torch.zeros_like(post), post, res], dim=1)
+
+
+@pytest.mark.parametrize(("n", "c", "m"), [*SHAPES, (6, 1280, 130), (6, 333, 9), (6, 1001, 3)])
+def test_streams_backward_equals_float64(n: int, c: int, m: int) -> None:
+    site = Site(n, c, m)
+    assert streams_backward.applies(site.x, site.g, site.gu) is None
+    dx, slabs = streams_backward.streams_backward(site.x, site.g, site.gu, site.mix, site.dz, site.phi)
+    expected_dx, expected_dphi = site.streams_backward()
+    assert error(dx, expected_dx) < BF16
+    assert error(slabs.double().sum(0), expected_dphi) < FP32
+    again = streams_backward.streams_backward(site.x, site.g, site.gu, site.mix, site.dz, site.phi)
+    assert torch.equal(dx, again[0]) and torch.equal(slabs, again[1])
+
+
+@pytest.mark.parametrize(("n", "c", "m"), SHAPES)
+def test_chained_backward_equals_its_two_parts(n: int, c: int, m: int) -> None:
+    site = Site(n, c, m)
+    assert streams_backward.applies_chained(site.x, site.g, site.gu) is None
+    arguments = (site.x, site.g, site.gu, site.mix, site.dz, site.phi)
+    dx, slabs, df, dcoef = streams_backward.streams_backward_chained(
+        *arguments, site.y, site.f, site.proj, site.alpha, site.bias, 2.0
+    )
+    alone, alone_slabs = streams_backward.streams_backward(*arguments)
+    assert torch.equal(dx, alone)
+    assert error(slabs.double().sum(0), alone_slabs.double().sum(0)) < FP32
+    expected_df, expected_dcoef = site.write_backward(dx)
+    assert error(df, expected_df) < BF16
+    assert error(dcoef, expected_dcoef) < FP32
+    assert bool((dcoef[:, :n] == 0).all())
+
+
+@pytest.mark.parametrize(("n", "c", "m"), SHAPES)
+@pytest.mark.parametrize("delayed", [False, True])
+def test_boundary_forward_equals_float64(n: int, c: int, m: int, delayed: bool) -> None:
+    site = Site(n, c, m)
+    assert boundary.applies(site.x) is None
+    if delayed:
+        out, u, slabs, squares = boundary.boundary_read_forward(site.x, site.f, site.coef, site.phi)
+    else:
+        out, slabs, squares = boundary.boundary_forward(site.x, site.f, site.coef, site.phi)
+    coef, x = site.coef.double(), site.x.double()
+    h_res = coef[:, 2 * n :].view(m, n, n)
+    expected = h_res @ x + coef[:, n : 2 * n, None] * site.f.double()[:, None]
+    stored = out.double()
+    assert error(out, expected) < BF16
+    assert error(slabs.double().sum(0), stored.flatten(1) @ site.phi.double().T) < FP32
+    assert error(squares.double().sum(0), stored.square().sum((1, 2))) < FP32
+    if delayed:
+        assert error(u, torch.einsum("to,toc->tc", coef[:, :n], stored)) < BF16
+
+
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    """Batch invariance: any prefix of the tokens gives the same bits for those tokens."""
+    site, few = Site(4, 1280, 130), 37
+    out, slabs, squares = boundary.boundary_forward(site.x, site.f, site.coef, site.phi)
+    head = boundary.boundary_forward(site.x[:few], site.f[:few], site.coef[:few], site.phi)
+    assert (
+        torch.equal(out[:few], head[0])
+        and torch.equal(slabs[:, :few], head[1])
+        and torch.equal(squares[:, :few], head[2])
+    )
+
+
+def test_no_tokens() -> None:
+    site = Site(4, 256, 0)
+    out, slabs, squares = boundary.boundary_forward(site.x, site.f, site.coef, site.phi)
+    assert out.shape == (0, 4, 256) and slabs.shape[1:] == (0, 24) and squares.shape[1:] == (0,)
+    dx, dphi = streams_backward.streams_backward(site.x, site.g, site.gu, site.mix, site.dz, site.phi)
+    assert dx.shape == (0, 4, 256) and bool((dphi == 0).all())
+
+
+def test_refusals_say_why() -> None:
+    x = torch.zeros(2, 4, 64, device="cuda")
+    assert "bfloat16" in str(boundary.applies(x))
+    assert "n in" in str(boundary.applies(x.bfloat16()[:, :1].contiguous()))
+    assert "absent" in str(streams_backward.applies(x.bfloat16(), None, x.bfloat16()))
