@@ -1,16 +1,16 @@
 """Rounding to the Birkhoff polytope: the closed-form last step that makes marginals right for every input.
 
-The two functions are the first two steps, and all three steps, of Algorithm 2 of Altschuler, Weed and Rigollet (2017),
-with two changes that only matter in floating point: a divisor above one is enlarged by four units of roundoff, so that
-no sum exceeds one, and the rank-one correction is divided by the larger of the two deficits, so that no sum is overshot.
-Both are made of plain array operations: they run on every array library, on batches, and torch differentiates them.
+The two functions are the first two steps, and all three steps, of Algorithm 2 of Altschuler, Weed and Rigollet (2017).
+Two changes matter in floating point only: a divisor above one is enlarged by four units of roundoff, so that no sum
+exceeds one, and the rank-one correction is divided by the larger of the two deficits, so that no sum is overshot. Both
+are made of plain array operations: they run on every array library and on batches, and torch differentiates them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from birkhoff import _xp
+from birkhoff import _math, _xp
 
 __all__ = ["round_to_nonexpansive", "round_to_polytope"]
 
@@ -116,9 +116,8 @@ def round_to_polytope(matrix: Any) -> Any:
 def _prepare(matrix: Any) -> tuple[Any, Any, Any]:
     """Namespace, non-negative values in the compute dtype, and the dtype of the sums."""
     xp = _xp.array_namespace(matrix)
-    half = _xp.dtype_name(matrix.dtype) in ("bfloat16", "float16")
-    values = _xp.astype(xp, matrix, xp.float32 if half else matrix.dtype)
-    accumulate = xp.float64 if _xp.supports_float64(xp, matrix) else values.dtype
+    values = _xp.astype(xp, matrix, _math.compute_dtype(xp, matrix))
+    accumulate = _math.accumulate_dtype(xp, matrix)
     return xp, _positive_part(xp, values), accumulate
 
 
