@@ -10,6 +10,7 @@ sparse matrices use ``scipy.sparse.csgraph``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
@@ -54,8 +55,8 @@ def diagnose_support(pattern: Any) -> Any:
 
     Notes
     -----
-    Equal patterns of a batch are analysed once. A matching by augmenting paths, then the strongly connected components
-    of the matched graph: O(n^2) operations on n-bit sets in practice.
+    Equal patterns of a batch are analysed once: a matching by augmenting paths, then the strongly connected components
+    of the matched graph, on n-bit integers.
 
     Examples
     --------
@@ -166,8 +167,10 @@ def _on_unique(masks: np.ndarray) -> np.ndarray:
     """Total support of each pattern, each distinct pattern analysed once."""
     if masks.size == 0:
         return masks
-    unique, inverse = np.unique(masks.reshape(len(masks), -1), axis=0, return_inverse=True)
-    kept = np.stack([_total_support(row.reshape(masks.shape[1:])) for row in unique])
+    packed = np.packbits(masks.reshape(len(masks), -1), axis=-1)
+    keys = packed.view(np.dtype((np.void, packed.shape[-1]))).reshape(-1)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    kept = np.stack([_total_support(masks[index]) for index in first])
     return kept[inverse.reshape(-1)]
 
 
@@ -175,22 +178,50 @@ def _total_support(mask: np.ndarray) -> np.ndarray:
     n = mask.shape[-1]
     if mask.all():
         return mask
-    allowed = [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in mask]
-    column_of_row = _perfect_matching(allowed, n)
+    column_of_row = _perfect_matching(_bit_sets(mask), n)
     if column_of_row is None:
         return np.zeros_like(mask)
-    # Permute the matching to the diagonal: arc i -> k when row i may use the column matched with row k.
-    matched = mask[:, column_of_row]
-    reach = [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in matched]
-    for middle in range(n):
-        bit, through = 1 << middle, reach[middle]
-        for row in range(n):
-            if reach[row] & bit:
-                reach[row] |= through
-    closure = np.array([[(reach[row] >> head) & 1 for head in range(n)] for row in range(n)], dtype=bool)
+    # Permute the matching to the diagonal: arc i -> k when row i may use the column matched with row k. An entry lies
+    # on a permutation iff its arc lies on a cycle, that is, inside a strongly connected component.
+    arcs = mask[:, column_of_row]
+    component = _strong_components(_bit_sets(arcs), _bit_sets(arcs.T), n)
     kept = np.zeros_like(mask)
-    kept[:, column_of_row] = matched & closure.T  # the arc i -> k closes a cycle iff k reaches i
+    kept[:, column_of_row] = arcs & (component[:, None] == component[None, :])
     return kept
+
+
+def _bit_sets(mask: np.ndarray) -> list[int]:
+    """Each row of a boolean matrix as one integer, column j as bit j."""
+    return [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in mask]
+
+
+def _members(bits: int) -> Iterator[int]:
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
+
+
+def _strong_components(heads: list[int], tails: list[int], n: int) -> np.ndarray:
+    """Label of each node's component: what a node reaches and is reached from, among the nodes still unlabelled."""
+    component = np.zeros(n, dtype=np.int64)
+    rest = (1 << n) - 1
+    while rest:
+        start = rest & -rest
+        found = _reachable(start, heads, rest) & _reachable(start, tails, rest)
+        component[list(_members(found))] = start.bit_length()
+        rest &= ~found
+    return component
+
+
+def _reachable(start: int, arcs: list[int], within: int) -> int:
+    seen = frontier = start
+    while frontier:
+        new = 0
+        for node in _members(frontier):
+            new |= arcs[node]
+        frontier = new & within & ~seen
+        seen |= frontier
+    return seen
 
 
 def _perfect_matching(allowed: list[int], n: int) -> list[int] | None:
@@ -218,9 +249,7 @@ def _search(start: int, allowed: list[int], row_of_column: list[int], came_from:
         for row in frontier:
             new = allowed[row] & unseen
             unseen &= ~new
-            while new:
-                column = (new & -new).bit_length() - 1
-                new &= new - 1
+            for column in _members(new):
                 came_from[column] = row
                 if row_of_column[column] < 0:
                     return column
