@@ -1,0 +1,29 @@
+"""Doubly stochastic matrices on any array library: projection, certificates, decomposition.
+
+>>> import numpy as np, birkhoff
+>>> P = birkhoff.sinkhorn(np.random.default_rng(0).normal(size=(2, 4, 4)))
+>>> P.shape, bool(abs(P.sum(axis=-1) - 1).max() < 1e-15)
+((2, 4, 4), True)
+"""
+
+from birkhoff import adjoints, errors, parametrizations, precision, solvers
+from birkhoff._dispatch import explain
+from birkhoff._project import project, sinkhorn
+from birkhoff._result import Projection, Status
+from birkhoff.precision import Precision
+from birkhoff.rounding import round_to_polytope
+
+__all__ = [
+    "Precision",
+    "Projection",
+    "Status",
+    "adjoints",
+    "errors",
+    "explain",
+    "parametrizations",
+    "precision",
+    "project",
+    "round_to_polytope",
+    "sinkhorn",
+    "solvers",
+]

@@ -1,0 +1,5 @@
+"""Gradient rules, separate from the solvers: pass one as ``adjoint=`` to :func:`birkhoff.project`, or call its ``vjp``."""
+
+from birkhoff.adjoints.unrolled import Unrolled
+
+__all__ = ["Unrolled"]

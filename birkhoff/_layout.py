@@ -1,0 +1,109 @@
+"""Where a stack of matrices lives in memory, and how the processor walks through it.
+
+Solvers are written once for any position of the two matrix axes (:class:`Frame`). On the host, small matrices are
+processed in pieces that fit the second-level cache, with the batch as the *last* axis: every operation then runs over
+long contiguous lines instead of over n = 4 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from birkhoff import _math, _xp
+
+__all__ = ["Frame", "frame_for", "map_pieces", "split_by_range"]
+
+_PIECE_BYTES = 1 << 18  # of one stack of matrices; a step touches about four
+_SMALL_ORDER = 32
+_SMALL_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Namespace, matrix axes and sum dtype that a solver works with.
+
+    Summing over axis ``i`` runs over the rows, and gives column sums; over axis ``j``, row sums.
+    """
+
+    xp: Any
+    i: int
+    j: int
+    accumulate: Any
+
+    def order(self, first: str) -> tuple[int, int]:
+        """The axes to sum over, in the order of normalisation: ``first="columns"`` sums over rows first."""
+        return (self.i, self.j) if first == "columns" else (self.j, self.i)
+
+    @property
+    def batch(self) -> int:
+        """The axis of the batch in a three-dimensional stack."""
+        return 0 if self.i == -2 else 2
+
+    def sum(self, array: Any, axis: int) -> Any:
+        """Sum kept as an axis of length one, in the accumulation dtype."""
+        return _math.reduce_sum(self.xp, array, axis, self.accumulate)
+
+    def per_matrix(self, values: Any) -> Any:
+        """Reshape a vector over the batch so that it broadcasts against the stack."""
+        return self.xp.reshape(values, (-1, 1, 1) if self.batch == 0 else (1, 1, -1))
+
+
+def frame_for(xp: Any, accumulate: Any) -> Frame:
+    """The frame of arrays ``(..., n, n)`` as users hold them."""
+    return Frame(xp, -2, -1, accumulate)
+
+
+def map_pieces(function: Callable[..., Any], xp: Any, stacks: Sequence[Any], accumulate: Any, *, split: bool) -> Any:
+    """Apply ``function(frame, *stacks) -> stack`` to a batch, piece by piece where that is faster.
+
+    ``stacks`` have shape ``(B, n, n)``; with ``split`` false the whole batch is one piece in its own layout.
+    """
+    batch, n = stacks[0].shape[0], stacks[0].shape[-1]
+    if not split or n > _SMALL_ORDER or batch < _SMALL_BATCH:
+        return function(frame_for(xp, accumulate), *stacks)
+    frame = Frame(xp, 0, 1, accumulate)
+    length = max(_SMALL_BATCH, _PIECE_BYTES // (n * n * 4))
+    result = None
+    for start in range(0, batch, length):
+        stop = min(start + length, batch)
+        piece = function(frame, *(_batch_last(xp, stack[start:stop, ...]) for stack in stacks))
+        if result is None:
+            result = xp.empty(stacks[0].shape, dtype=piece.dtype, device=_xp.device(stacks[0]))
+        result[start:stop, ...] = xp.permute_dims(piece, (2, 0, 1))
+    return result
+
+
+def _batch_last(xp: Any, stack: Any) -> Any:
+    """``(b, n, n)`` to a contiguous ``(n, n, b)``; flattening in between is what forces the copy."""
+    moved = xp.permute_dims(stack, (1, 2, 0))
+    return xp.reshape(xp.reshape(moved, (-1,)), moved.shape)
+
+
+def split_by_range(
+    solver: Any, frame: Frame, stacks: tuple[Any, ...], function: Callable[..., Any], *, branch: bool
+) -> Any:
+    """``function(method, frame, *stacks)`` with each matrix treated by the method its logit range allows.
+
+    ``stacks[0]`` are the logits. A solver without ``wide`` is good for every range. The choice for a matrix depends on
+    that matrix alone, so a batch gives the same bits as its parts.
+    """
+    if not hasattr(solver, "wide"):
+        return function(solver, frame, *stacks)
+    if not branch:
+        return function(solver.wide(), frame, *stacks)
+    xp, logits = frame.xp, stacks[0]
+    span = xp.max(logits, axis=(frame.i, frame.j)) - xp.min(logits, axis=(frame.i, frame.j))
+    linear = span <= solver.linear_range(_xp.dtype_name(logits.dtype))  # false for NaN and for -inf
+    if bool(xp.all(linear)):
+        return function(solver, frame, *stacks)
+    if not bool(xp.any(linear)):
+        return function(solver.wide(), frame, *stacks)
+    (narrow,), (wide,) = xp.nonzero(linear), xp.nonzero(xp.logical_not(linear))
+    parts = [
+        function(method, frame, *(xp.take(stack, chosen, axis=frame.batch) for stack in stacks))
+        for method, chosen in ((solver, narrow), (solver.wide(), wide))
+    ]
+    back = xp.argsort(xp.concat([narrow, wide]))
+    return xp.take(xp.concat(parts, axis=frame.batch), back, axis=frame.batch)

@@ -1,0 +1,262 @@
+"""The front doors: validate, find the namespace, choose the implementation, run, and report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from birkhoff import _math, _xp, rounding
+from birkhoff._dispatch import stack_forward, stack_to_tolerance
+from birkhoff._iterate import Trace
+from birkhoff._registry import load
+from birkhoff._result import Projection, Status
+from birkhoff.errors import DtypeError, OptionError, ProjectionError, ShapeError
+from birkhoff.precision import DEFAULT, Precision, unit_roundoff
+from birkhoff.solvers import SinkhornKnopp
+from birkhoff.solvers.protocol import Solver
+from birkhoff.support import Support, diagnose_support
+
+__all__ = ["check_logits", "project", "sinkhorn"]
+
+Finish = Literal["none", "nonexpansive", "exact"]
+_FINISHES = {"none": None, "nonexpansive": rounding.round_to_nonexpansive, "exact": rounding.round_to_polytope}
+
+
+def sinkhorn(
+    logits: Any,
+    num_iters: int = 20,
+    *,
+    first: Literal["columns", "rows"] = "columns",
+    precision: Precision | None = None,
+) -> Any:
+    r"""Make matrices doubly stochastic by ``num_iters`` Sinkhorn-Knopp iterations on ``exp(logits)``.
+
+    .. math:: M_0 = \exp(X), \qquad M_t = T_r(T_c(M_{t-1}))
+
+    with :math:`T_c` dividing columns, and :math:`T_r` rows, by their sums.
+
+    Parameters
+    ----------
+    logits : array, shape (..., n, n)
+        Real floating, of any array-API library. -inf is an exact zero of the matrix.
+    num_iters : int, default 20
+        Full iterations.
+    first : {"columns", "rows"}, default "columns"
+        The side normalised first. The other side's sums are exact to rounding; truncation shows in the first side.
+    precision : Precision, optional
+        Dtypes to compute in, sum in, and return. Default: float32 for half precisions; the result has the input's dtype.
+
+    Returns
+    -------
+    array, shape (..., n, n)
+        Same library, device and dtype as ``logits``, which is not changed. NaN or +inf in a matrix makes that matrix NaN.
+
+    Raises
+    ------
+    ArrayTypeError, DtypeError, ShapeError, OptionError
+        For what is not an array, not real floating, not a batch of square matrices, or an option outside its domain.
+
+    Notes
+    -----
+    Guarantees (claims *marginals* and *roundoff*): sums of the last side within ``n + 1`` units of roundoff of one, and
+    every entry within ``4 n u max(1, range / 16)`` of the same iteration in exact arithmetic, for all finite logits.
+    After finitely many iterations the spectral norm may exceed one; :func:`birkhoff.certify` bounds it.
+    On torch it is differentiable (exact gradient of the iterations) and compiles without graph breaks.
+
+    See Also
+    --------
+    project : other methods, tolerances, exact finishes, and a status per matrix.
+
+    Examples
+    --------
+    >>> import numpy as np, birkhoff
+    >>> birkhoff.sinkhorn(np.array([[1.0, 0.0], [0.0, 1.0]])).round(4)
+    array([[0.7311, 0.2689],
+           [0.2689, 0.7311]])
+    """
+    xp = check_logits(logits)
+    return _matrix(logits, SinkhornKnopp(num_iters=num_iters, first=first), xp, precision or DEFAULT)
+
+
+def check_logits(logits: Any) -> Any:
+    """Return the namespace of a batch of square floating-point matrices, or raise what is wrong with it."""
+    xp = _xp.array_namespace(logits)
+    if not _xp.is_floating(logits.dtype):
+        raise DtypeError(
+            f"logits must be real floating (bfloat16, float16, float32 or float64), got {_xp.dtype_name(logits.dtype)}; "
+            "convert with astype"
+        )
+    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
+        raise ShapeError(
+            f"logits must have shape (..., n, n), got {tuple(logits.shape)}; "
+            "the last two axes hold the square matrix, all others are batch axes"
+        )
+    return xp
+
+
+def project(
+    logits: Any,
+    solver: Solver | None = None,
+    *,
+    finish: Finish = "none",
+    adjoint: Any = None,
+    precision: Precision | None = None,
+    throw: bool = False,
+    trace: Trace | None = None,
+) -> Projection:
+    """Make matrices doubly stochastic by any solver, and say for each matrix how well it went.
+
+    Parameters
+    ----------
+    logits : array, shape (..., n, n)
+        Real floating, of any array-API library. -inf is an exact zero of the matrix.
+    solver : solver, optional
+        A value from :mod:`birkhoff.solvers`; default ``SinkhornKnopp()``, 20 iterations, columns first.
+    finish : {"none", "nonexpansive", "exact"}
+        What follows the solver: nothing; shrinking to spectral norm at most one
+        (:func:`birkhoff.rounding.round_to_nonexpansive`); or rounding to both marginals exact
+        (:func:`birkhoff.round_to_polytope`).
+    adjoint : adjoint, optional
+        A value from :mod:`birkhoff.adjoints`: the gradient rule on torch. Default: the solver's own, exact one.
+    precision : Precision, optional
+        Dtypes to compute in, sum in, and return.
+    throw : bool, default False
+        Raise :class:`ProjectionError` if a matrix has a status other than ``converged`` (``max_iters_reached`` counts only
+        if the solver has a ``tol``). Waits for a device.
+    trace : callable, optional
+        Called as ``trace(iteration, errors)`` after each iteration, ``errors`` the array of ``max |sum - 1|`` of the
+        first-normalised side, shape ``(B,)`` for the flattened batch. Slower; for looking, not for training.
+
+    Returns
+    -------
+    Projection
+        ``matrix`` of the input's library, device and dtype; ``status``, ``num_iters``, ``row_error``, ``column_error``,
+        arrays of the batch's shape. Without a ``tol``, ``converged`` means errors at most the square root of the unit
+        roundoff of the compute dtype (2.4e-4 in float32, 1e-8 in float64).
+
+    Raises
+    ------
+    ArrayTypeError, DtypeError, ShapeError, OptionError
+        For what is not an array, not real floating, not a batch of square matrices, or an option outside its domain.
+    ProjectionError
+        With ``throw``, as said there.
+
+    Notes
+    -----
+    A NaN or +inf poisons its own matrix alone (``Status.nonfinite_input``). If the logits hold -inf, the pattern of
+    zeros is analysed on the host (which waits for a device): without total support the status is
+    ``no_total_support``, and the matrix is the iterate, its zeros kept. Under ``torch.compile`` and functional transforms
+    that analysis is left out.
+
+    Examples
+    --------
+    >>> import numpy as np, birkhoff
+    >>> logits = np.array([[0.0, 30.0], [0.0, 0.0]])
+    >>> result = birkhoff.project(logits, finish="exact")
+    >>> birkhoff.Status(int(result.status)).name, float(result.row_error) < 1e-15
+    ('converged', True)
+    """
+    xp = check_logits(logits)
+    solver = SinkhornKnopp() if solver is None else solver
+    precision = precision or DEFAULT
+    if finish not in _FINISHES:
+        raise OptionError(f"finish must be one of {tuple(_FINISHES)}, got {finish!r}")
+    settled = precision.resolve(logits.dtype)
+    finisher = _FINISHES[finish]
+    # A finish works on the unrounded matrix, so that only the last cast rounds.
+    running = precision if finisher is None else replace(settled, store=settled.compute)
+    matrix, counts = _solve(logits, solver, xp, running, adjoint, trace)
+    if finisher is not None:
+        matrix = _xp.astype(xp, finisher(matrix), _xp.dtype_of(xp, str(settled.store)))
+    result = _report(logits, matrix, counts, solver, xp, settled)
+    if throw:
+        _raise_on_trouble(result, solver)
+    return result
+
+
+def _matrix(logits: Any, solver: Solver, xp: Any, precision: Precision) -> Any:
+    """The matrix of a fixed number of iterations, nothing else: no status, no look at the data."""
+    n = logits.shape[-1]
+    if 0 in logits.shape:
+        return _xp.astype(xp, logits, _xp.dtype_of(xp, str(precision.resolve(logits.dtype).store)))
+    stack = xp.reshape(logits, (-1, n, n))
+    matrix = _binding(xp, "forward")(stack, solver, precision)
+    return xp.reshape(matrix, logits.shape)
+
+
+def _solve(
+    logits: Any, solver: Solver, xp: Any, precision: Precision, adjoint: Any, trace: Trace | None
+) -> tuple[Any, Any]:
+    """The matrix, and the iterations of each matrix, both in the batch's shape."""
+    batch = tuple(logits.shape[:-2])
+    if 0 in logits.shape or (solver.tol is None and trace is None):
+        counts = xp.full(batch, solver.num_iters, dtype=xp.int32, device=_xp.device(logits))
+        return _matrix(logits, solver, xp, precision), counts
+    n = logits.shape[-1]
+    matrix, counts = _binding(xp, "to_tolerance")(xp.reshape(logits, (-1, n, n)), solver, precision, trace)
+    return xp.reshape(matrix, logits.shape), xp.reshape(counts, batch)
+
+
+def _forward_arrays(stack: Any, solver: Solver, precision: Precision) -> Any:
+    return stack_forward(stack, solver, precision, branch=_xp.can_branch(stack))
+
+
+def _may_read_arrays(stack: Any) -> bool:
+    return True
+
+
+_ARRAYS: dict[str, Any] = {
+    "forward": _forward_arrays,
+    "to_tolerance": stack_to_tolerance,
+    "may_read": _may_read_arrays,
+}
+_BINDINGS = {"torch": "birkhoff._torch_ops:BINDING"}  # libraries with automatic differentiation
+
+
+def _binding(xp: Any, role: str) -> Any:
+    target = _BINDINGS.get(_xp.library_name(xp))
+    return (_ARRAYS if target is None else load(target))[role]
+
+
+def _report(logits: Any, matrix: Any, counts: Any, solver: Solver, xp: Any, settled: Precision) -> Projection:
+    batch = tuple(logits.shape[:-2])
+    plain, values = _xp.detach(logits), _xp.detach(matrix)
+    values = _xp.astype(xp, values, _math.compute_dtype(xp, values))
+    if 0 in logits.shape:
+        zeros = xp.zeros(batch, dtype=values.dtype, device=_xp.device(values))
+        status = xp.zeros(batch, dtype=xp.int32, device=_xp.device(values))
+        return Projection(matrix, status, counts, zeros, zeros)
+    with _xp.quiet():
+        rows, columns = _math.marginal_errors(xp, values)
+    target = solver.tol if solver.tol is not None else unit_roundoff(settled.compute) ** 0.5
+    within = xp.logical_and(rows <= target, columns <= target)
+    status = _codes(xp, within, Status.converged, Status.max_iters_reached)
+    zero_pattern = plain == -xp.inf
+    if _binding(xp, "may_read")(plain) and bool(xp.any(zero_pattern)):
+        total = diagnose_support(xp.logical_not(zero_pattern)) == Support.total
+        supported = xp.asarray(total, device=_xp.device(values))
+        status = xp.where(supported, status, xp.full_like(status, int(Status.no_total_support)))
+    finite = xp.all(plain < xp.inf, axis=(-2, -1))  # false for NaN as well
+    status = xp.where(finite, status, xp.full_like(status, int(Status.nonfinite_input)))
+    return Projection(matrix, status, counts, rows, columns)
+
+
+def _codes(xp: Any, condition: Any, yes: Status, no: Status) -> Any:
+    zeros = xp.zeros(condition.shape, dtype=xp.int32, device=_xp.device(condition))
+    return xp.where(condition, zeros + int(yes), zeros + int(no))
+
+
+def _raise_on_trouble(result: Projection, solver: Solver) -> None:
+    codes = _xp.to_numpy(result.status)
+    ignored = {Status.converged} | ({Status.max_iters_reached} if solver.tol is None else set())
+    for status in sorted(set(codes.reshape(-1).tolist()) - {int(s) for s in ignored}, reverse=True):
+        where = np.argwhere(codes == status)
+        shown = ", ".join(str(tuple(int(k) for k in index)) for index in where[:5]) + (
+            ", ..." if len(where) > 5 else ""
+        )
+        raise ProjectionError(
+            f"{len(where)} of {codes.size} matrices: {Status(status).name} (batch index {shown}). {Status(status).advice}",
+            status=result.status,
+        )

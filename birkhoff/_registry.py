@@ -1,0 +1,189 @@
+"""Tables of implementations: rows are data, targets are dotted strings, and a refusal gives its reason.
+
+``Row`` and ``Table`` know nothing of projections; :mod:`mhc_layers` has a table of its own. A target is imported when it
+is first chosen, so a table costs nothing and names packages that need not be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Generic, TypeVar
+
+__all__ = ["PROJECTIONS", "Facts", "Refusal", "Resolution", "Row", "Table", "installed", "load"]
+
+F = TypeVar("F")
+
+
+@cache
+def load(target: str) -> Any:
+    """Import ``"package.module:attribute"``."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@cache
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Generic[F]):
+    """One implementation.
+
+    Attributes
+    ----------
+    name : str
+        What reports and :func:`birkhoff.explain` call it.
+    targets : mapping of str to str
+        Role (``"forward"``, ``"backward"``, ...) to ``"package.module:attribute"``. Empty for the plain path that the
+        reader of the table holds itself.
+    refuse : callable
+        Takes the facts of a call; returns None if this row can serve it, else the reason in a few words.
+    note : str
+        What it is, for the capability table.
+    """
+
+    name: str
+    targets: Mapping[str, str]
+    refuse: Callable[[F], str | None]
+    note: str = ""
+
+    def load(self, role: str) -> Any:
+        """Import the target of a role."""
+        return load(self.targets[role])
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row that cannot serve a call, and why."""
+
+    row: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resolution(Generic[F]):
+    """The chosen row, and the rows before it that refused."""
+
+    facts: F
+    row: Row[F]
+    refusals: tuple[Refusal, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"chosen: {self.row.name}" + (f" ({self.row.note})" if self.row.note else "")]
+        lines += [f"refused: {refusal.row}: {refusal.reason}" for refusal in self.refusals]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Table(Generic[F]):
+    """Rows in order of preference; the last one must accept every call.
+
+    Parameters
+    ----------
+    name : str
+        What the table chooses.
+    rows : tuple of Row
+    """
+
+    name: str
+    rows: tuple[Row[F], ...]
+    _chosen: dict[F, Resolution[F]] = field(default_factory=dict, compare=False, repr=False)
+
+    def resolve(self, facts: F) -> Resolution[F]:
+        """The first row that does not refuse ``facts`` (hashable). Remembered."""
+        found = self._chosen.get(facts)
+        if found is None:
+            found = self._chosen[facts] = self._walk(facts)
+        return found
+
+    def _walk(self, facts: F) -> Resolution[F]:
+        refusals = []
+        for row in self.rows:
+            reason = row.refuse(facts)
+            if reason is None:
+                return Resolution(facts, row, tuple(refusals))
+            refusals.append(Refusal(row.name, reason))
+        reasons = "; ".join(f"{refusal.row}: {refusal.reason}" for refusal in refusals)
+        raise LookupError(f"no implementation in the table {self.name!r} serves {facts}: {reasons}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The static facts of a projection that its implementation is chosen by. No data, no batch size."""
+
+    method: str
+    library: str
+    device: str
+    dtype: str
+    n: int
+    precision: tuple[str, str, str]
+    to_tolerance: bool = False
+    relaxed: bool = False
+
+
+_KERNEL_METHODS = ("knopp", "log", "damped")
+_KERNEL_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def _fused(library: tuple[str, ...], package: str, largest: int) -> Callable[[Facts], str | None]:
+    """The conditions that every fused Sinkhorn kernel has; the rows differ in library, package and largest n."""
+
+    def refuse(facts: Facts) -> str | None:
+        compute = facts.dtype if facts.dtype == "float64" else "float32"
+        checks = (
+            (facts.library in library, f"serves arrays of {' and '.join(library)}, got {facts.library}"),
+            (facts.device == "cuda", f"needs a CUDA device, got {facts.device}"),
+            (installed(package), f"the package {package} is not installed"),
+            (facts.method in _KERNEL_METHODS, f"has no kernel for the method {facts.method!r}"),
+            (not facts.to_tolerance, "runs a fixed number of iterations, and tol was given"),
+            (not facts.relaxed, "has no over-relaxation"),
+            (facts.dtype in _KERNEL_DTYPES, f"has no kernel for {facts.dtype}"),
+            (1 <= facts.n <= largest, f"keeps a matrix in registers up to n = {largest}, got n = {facts.n}"),
+            (
+                facts.precision == (compute, compute, facts.dtype),
+                f"computes and sums in {compute} and stores {facts.dtype}; other precisions were asked for",
+            ),
+        )
+        return next((reason for holds, reason in checks if not holds), None)
+
+    return refuse
+
+
+PROJECTIONS: Table[Facts] = Table(
+    "projections",
+    (
+        Row(
+            name="triton",
+            targets={
+                "forward": "birkhoff.kernels.triton.sinkhorn:sinkhorn_forward",
+                "backward": "birkhoff.kernels.triton.sinkhorn:sinkhorn_backward",
+            },
+            refuse=_fused(("torch",), "triton", 32),
+            note="fused Triton kernel",
+        ),
+        Row(
+            name="cuda",
+            targets={
+                "forward": "birkhoff.kernels.cuda.sinkhorn:sinkhorn_forward",
+                "backward": "birkhoff.kernels.cuda.sinkhorn:sinkhorn_backward",
+            },
+            refuse=_fused(("cupy",), "cupy", 32),
+            note="fused CUDA C++ kernel, compiled at run time",
+        ),
+        Row(
+            name="array",
+            targets={},
+            refuse=lambda facts: None,
+            note="standard array calls",
+        ),
+    ),
+)

@@ -1,0 +1,122 @@
+"""Which array library is this, and what can it do: the only import of array-api-compat.
+
+Nothing here imports torch or CuPy: a library is recognised by the arrays that the caller brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from birkhoff.errors import ArrayTypeError, DtypeError
+
+__all__ = [
+    "array_namespace",
+    "astype",
+    "can_branch",
+    "detach",
+    "device",
+    "device_kind",
+    "dtype_name",
+    "dtype_of",
+    "is_floating",
+    "library_name",
+    "quiet",
+    "to_numpy",
+]
+
+_FLOATING = frozenset({"bfloat16", "float16", "float32", "float64"})
+
+
+def array_namespace(*arrays: Any) -> Any:
+    """Return the array-API namespace that all ``arrays`` belong to, or raise :class:`ArrayTypeError`."""
+    try:
+        return array_api_compat.array_namespace(*arrays)
+    except TypeError as error:
+        got = ", ".join(sorted({f"{type(a).__module__.split('.')[0]}.{type(a).__qualname__}" for a in arrays}))
+        raise ArrayTypeError(
+            f"expected arrays of one array-API library (NumPy, CuPy, PyTorch, ...), got {got}; "
+            "convert with numpy.asarray, torch.as_tensor or cupy.asarray first, all arguments to the same library"
+        ) from error
+
+
+def library_name(xp: Any) -> str:
+    """``"numpy"``, ``"torch"``, ``"cupy"``, ``"array_api_strict"``, ...: the top package behind a namespace."""
+    return str(xp.__name__).removeprefix("array_api_compat.").split(".")[0]
+
+
+def device(array: Any) -> Any:
+    """Device object of an array, in its own library's terms."""
+    return array_api_compat.device(array)
+
+
+def device_kind(array: Any) -> str:
+    """``"cpu"``, ``"cuda"``, ``"mps"``, ...: CuPy arrays count as ``"cuda"``, array-api-strict's devices as ``"cpu"``."""
+    if isinstance(array, np.ndarray) or array_api_compat.is_array_api_strict_namespace(array_namespace(array)):
+        return "cpu"
+    if array_api_compat.is_cupy_array(array):
+        return "cuda"
+    where = array_api_compat.device(array)
+    return str(getattr(where, "type", where))
+
+
+def dtype_name(dtype: Any) -> str:
+    """``"float32"`` for ``numpy.float32``, ``torch.float32``, ``array_api_strict.float32`` alike."""
+    if isinstance(dtype, np.dtype):
+        return dtype.name
+    return str(dtype).rsplit(".", 1)[-1]
+
+
+def dtype_of(xp: Any, name: str) -> Any:
+    """The dtype called ``name`` in the namespace ``xp``, half precisions included where the library has them."""
+    found = getattr(xp, name, None)
+    if found is None:
+        raise DtypeError(f"{library_name(xp)} has no dtype {name!r}; use 'float32' or 'float64'")
+    return found
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether ``dtype`` is one of the real floating dtypes that this package works with."""
+    return dtype_name(dtype) in _FLOATING
+
+
+def astype(xp: Any, array: Any, dtype: Any) -> Any:
+    """``xp.astype`` without a copy where nothing changes."""
+    return array if array.dtype == dtype else xp.astype(array, dtype)
+
+
+def detach(array: Any) -> Any:
+    """The same values outside automatic differentiation (the array itself where the library has none)."""
+    method = getattr(array, "detach", None)
+    return array if method is None else method()
+
+
+def can_branch(array: Any) -> bool:
+    """Whether Python may look at the values at no cost: host arrays of a library that does not trace."""
+    return isinstance(array, np.ndarray) or array_api_compat.is_array_api_strict_namespace(array_namespace(array))
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """Copy to the host as NumPy, from any device. Waits for the device. bfloat16 becomes float32."""
+    if isinstance(array, np.ndarray):
+        return array
+    if array_api_compat.is_torch_array(array):
+        tensor = array.detach().cpu()
+        return np.asarray((tensor.float() if dtype_name(tensor.dtype) == "bfloat16" else tensor).numpy())
+    if array_api_compat.is_cupy_array(array):
+        return np.asarray(array.get())
+    xp = array_namespace(array)
+    if array_api_compat.is_array_api_strict_namespace(xp):
+        return np.from_dlpack(array_api_compat.to_device(array, xp.Device("CPU_DEVICE")))
+    return np.from_dlpack(array)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No floating-point warnings from NumPy: NaN and infinities are reported by ``Status``, per matrix."""
+    with np.errstate(all="ignore"):
+        yield

@@ -1,0 +1,157 @@
+r"""The exact gradient of the truncated iteration: every half step run backwards, iterates recomputed.
+
+A half step divides a positive matrix by its sums. With P the normalised matrix and :math:`\bar L` the gradient with
+respect to the *logarithm* of the matrix,
+
+.. math:: \bar L \leftarrow \bar L - \omega\, P \circ \textstyle\sum \bar L
+
+(sums over the normalised axis, kept; :math:`\omega` the relaxation weight), from :math:`P_T \circ G` down to the start.
+The damped recurrence has the same half steps and differs in its start alone. Derivation: ``docs/derivations/exact_adjoint``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from birkhoff import _layout, _xp
+from birkhoff._layout import Frame
+from birkhoff.errors import ShapeError
+from birkhoff.precision import DEFAULT, Precision
+
+__all__ = ["Unrolled", "unrolled_jvp", "unrolled_vjp", "unrolled_vjp_tangent"]
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """The exact gradient of the iterations that ran. The default.
+
+    Examples
+    --------
+    >>> import numpy as np, birkhoff
+    >>> from birkhoff.adjoints import Unrolled
+    >>> grad = Unrolled().vjp(np.zeros((2, 2)), np.array([[1.0, 0.0], [0.0, 0.0]]), birkhoff.solvers.SinkhornKnopp())
+    >>> grad
+    array([[ 0.125, -0.125],
+           [-0.125,  0.125]])
+    """
+
+    def vjp(
+        self, logits: Any, grad_matrix: Any, solver: Any, *, num_iters: Any = None, precision: Precision = DEFAULT
+    ) -> Any:
+        """Vector-Jacobian product on any array library: the gradient with respect to ``logits``.
+
+        Parameters
+        ----------
+        logits, grad_matrix : array, shape (..., n, n)
+            The input of the projection and the gradient of its result, of one library.
+        solver : SinkhornKnopp, SinkhornLog or SinkhornDamped
+        num_iters : integer array, shape (...), optional
+            Iterations that each matrix took, ``Projection.num_iters``; default ``solver.num_iters`` for all.
+        precision : Precision, optional
+
+        Returns
+        -------
+        array, shape (..., n, n)
+            In the dtype of ``logits``.
+
+        Raises
+        ------
+        ShapeError
+            If the two arrays differ in shape.
+        """
+        xp = _xp.array_namespace(logits, grad_matrix)
+        if logits.shape != grad_matrix.shape:
+            raise ShapeError(
+                f"grad_matrix must have the shape of logits, got {tuple(grad_matrix.shape)} and {tuple(logits.shape)}"
+            )
+        settled = precision.resolve(logits.dtype)
+        compute, accumulate = (_xp.dtype_of(xp, str(name)) for name in (settled.compute, settled.accumulate))
+        n = logits.shape[-1]
+        stacks = [_xp.astype(xp, xp.reshape(array, (-1, n, n)), compute) for array in (logits, grad_matrix)]
+        if n == 0 or stacks[0].shape[0] == 0:
+            return xp.zeros_like(logits)
+        branch = _xp.can_branch(logits)
+
+        def sweep(method: Any, *parts: Any) -> Any:
+            return unrolled_vjp(*parts, method, xp=xp, accumulate=accumulate, branch=branch)
+
+        if num_iters is None:
+            grad = sweep(replace(solver, tol=None), *stacks)
+        else:
+            grad = by_iterations(solver, xp.reshape(num_iters, (-1,)), xp, sweep, *stacks)
+        return _xp.astype(xp, xp.reshape(grad, logits.shape), logits.dtype)
+
+
+def by_iterations(solver: Any, counts: Any, xp: Any, function: Any, *stacks: Any) -> Any:
+    """``function(solver with c iterations, *stacks)`` on the matrices whose count is c, put back in place."""
+    parts, order = [], []
+    for count in sorted(int(c) for c in xp.unique_values(counts)):
+        (where,) = xp.nonzero(counts == count)
+        order.append(where)
+        parts.append(function(replace(solver, tol=None, num_iters=count), *(xp.take(s, where, axis=0) for s in stacks)))
+    return xp.take(xp.concat(parts, axis=0), xp.argsort(xp.concat(order)), axis=0)
+
+
+def unrolled_vjp(logits: Any, grad_matrix: Any, solver: Any, *, xp: Any, accumulate: Any, branch: bool) -> Any:
+    """Gradient with respect to a stack of logits ``(B, n, n)``; the iterates live as long as one piece of the batch."""
+
+    def sweep(method: Any, frame: Frame, part: Any, grad: Any) -> Any:
+        tape = list(method.trajectory(part, frame))
+        grad_log = tape[-1][0] * grad
+        for matrix, axis, weight in reversed(tape):
+            grad_log = grad_log - _weighted(weight, matrix * frame.sum(grad_log, axis))
+        return method.pull_start(part, grad_log, frame)
+
+    def piece(frame: Frame, *parts: Any) -> Any:
+        return _layout.split_by_range(solver, frame, parts, sweep, branch=branch)
+
+    with _xp.quiet():
+        return _layout.map_pieces(piece, xp, (logits, grad_matrix), accumulate, split=branch)
+
+
+def unrolled_jvp(logits: Any, tangent: Any, solver: Any, *, xp: Any, accumulate: Any) -> Any:
+    r"""Tangent of the matrix: :math:`\dot L \leftarrow \dot L - \omega \sum P \circ \dot L` forwards, then
+    :math:`\dot P = P \circ \dot L`. Made of differentiable array calls without any branch."""
+    frame, method = _layout.frame_for(xp, accumulate), _any_range(solver)
+    moved, matrix = method.push_start(logits, tangent, frame), None
+    for matrix, axis, weight in method.trajectory(logits, frame):
+        moved = moved - _weighted(weight, frame.sum(matrix * moved, axis))
+    return matrix * moved
+
+
+def unrolled_vjp_tangent(
+    logits: Any, grad_matrix: Any, tangent: Any, grad_tangent: Any, solver: Any, *, xp: Any, accumulate: Any
+) -> Any:
+    r"""Tangent of :func:`unrolled_vjp` along ``tangent`` (logits) and ``grad_tangent`` (upstream gradient).
+
+    The second-order rule, by differentiating both sweeps: with :math:`\dot P = P \circ \dot L`,
+
+    .. math:: \dot{\bar L} \leftarrow \dot{\bar L} - \omega (\dot P \circ \textstyle\sum \bar L + P \circ \sum \dot{\bar L})
+
+    Symmetric second derivatives make it the gradient of ``<grad_matrix, jvp(tangent)>`` too, which double backward
+    uses.
+    """
+    frame, method = _layout.frame_for(xp, accumulate), _any_range(solver)
+    moved, tape = method.push_start(logits, tangent, frame), []
+    for matrix, axis, weight in method.trajectory(logits, frame):
+        # The normalised matrix moves with weight one, the relaxed iterate with its weight.
+        share = frame.sum(matrix * moved, axis)
+        tape.append((matrix, matrix * (moved - share), axis, weight))
+        moved = moved - _weighted(weight, share)
+    matrix, matrix_moved, _, _ = tape[-1]
+    grad_log = matrix * grad_matrix
+    grad_moved = matrix_moved * grad_matrix + matrix * grad_tangent
+    for matrix, matrix_moved, axis, weight in reversed(tape):
+        total = frame.sum(grad_log, axis)
+        grad_moved = grad_moved - _weighted(weight, matrix_moved * total + matrix * frame.sum(grad_moved, axis))
+        grad_log = grad_log - _weighted(weight, matrix * total)
+    return method.pull_start_tangent(logits, grad_log, tangent, grad_moved, frame)
+
+
+def _weighted(weight: float, array: Any) -> Any:
+    return array if weight == 1.0 else weight * array
+
+
+def _any_range(solver: Any) -> Any:
+    return solver.wide() if hasattr(solver, "wide") else solver

@@ -1,0 +1,65 @@
+"""What a solver is: an immutable value with three methods that one loop drives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Protocol
+
+from birkhoff._layout import Frame
+from birkhoff.errors import OptionError
+
+__all__ = ["First", "Solver", "TracedSolver", "check_options"]
+
+First = Literal["columns", "rows"]
+
+
+class Solver(Protocol):
+    """A method of projection: ``init``, then ``step`` up to ``num_iters`` times, then ``matrix``.
+
+    States are tuples of three-dimensional arrays that broadcast against the stack of matrices in the given frame, so
+    that the loop can freeze the matrices that have converged.
+    """
+
+    method: ClassVar[str]
+    num_iters: int
+    tol: float | None
+    first: First
+
+    def init(self, logits: Any, frame: Frame) -> tuple[Any, ...]:
+        """State before the first iteration."""
+
+    def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
+        """One full iteration."""
+
+    def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
+        """The matrix of a state, its last-normalised side exact."""
+
+
+class TracedSolver(Solver, Protocol):
+    """A solver whose every half step divides a positive matrix by its sums, which gives it an exact adjoint."""
+
+    def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
+        """Yield (normalised matrix, axis of its sums, relaxation weight) for each half step."""
+
+    def pull_start(self, logits: Any, grad_log: Any, frame: Frame) -> Any:
+        """Gradient with respect to the logits, from the one with respect to the log of the first matrix."""
+
+    def pull_start_tangent(self, logits: Any, grad_log: Any, tangent: Any, grad_tangent: Any, frame: Frame) -> Any:
+        """Tangent of :meth:`pull_start` when the logits move along ``tangent`` and ``grad_log`` along ``grad_tangent``."""
+
+    def push_start(self, logits: Any, tangent: Any, frame: Frame) -> Any:
+        """Tangent of the log of the first matrix, from the one of the logits."""
+
+
+def check_options(solver: Any) -> None:
+    """Raise :class:`OptionError` for values that no solver accepts."""
+    name = type(solver).__name__
+    if not isinstance(solver.num_iters, int) or isinstance(solver.num_iters, bool) or solver.num_iters < 1:
+        raise OptionError(f"{name}: num_iters must be an integer >= 1, got {solver.num_iters!r}")
+    if solver.tol is not None and not solver.tol > 0:
+        raise OptionError(f"{name}: tol must be None (always run num_iters) or a number > 0, got {solver.tol!r}")
+    if solver.first not in ("columns", "rows"):
+        raise OptionError(f"{name}: first must be 'columns' or 'rows', got {solver.first!r}")
+    range_cap = getattr(solver, "range_cap", None)
+    if range_cap is not None and not range_cap > 0:
+        raise OptionError(f"{name}: range_cap must be None or a number > 0, got {range_cap!r}")
