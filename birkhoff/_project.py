@@ -46,12 +46,13 @@ def sinkhorn(
     first : {"columns", "rows"}, default "columns"
         The side normalised first. The other side's sums are exact to rounding; truncation shows in the first side.
     precision : Precision, optional
-        Dtypes to compute in, sum in, and return. Default: float32 for half precisions; the result has the input's dtype.
+        Dtypes to compute in, sum in, and return. Default: float32 for half precisions; the result keeps the dtype.
 
     Returns
     -------
     array, shape (..., n, n)
-        Same library, device and dtype as ``logits``, which is not changed. NaN or +inf in a matrix makes that matrix NaN.
+        Same library, device and dtype as ``logits``, which is not changed. A matrix with a NaN or +inf
+        becomes NaN.
 
     Raises
     ------
@@ -85,7 +86,7 @@ def check_logits(logits: Any) -> Any:
     xp = _xp.array_namespace(logits)
     if not _xp.is_floating(logits.dtype):
         raise DtypeError(
-            f"logits must be real floating (bfloat16, float16, float32 or float64), got {_xp.dtype_name(logits.dtype)}; "
+            f"logits must be real floating (bfloat16, float16, float32, float64), got {_xp.dtype_name(logits.dtype)}; "
             "convert with astype"
         )
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
@@ -123,8 +124,8 @@ def project(
     precision : Precision, optional
         Dtypes to compute in, sum in, and return.
     throw : bool, default False
-        Raise :class:`ProjectionError` if a matrix has a status other than ``converged`` (``max_iters_reached`` counts only
-        if the solver has a ``tol``). Waits for a device.
+        Raise :class:`ProjectionError` if a matrix has a status other than ``converged`` (``max_iters_reached``
+        counts only if the solver has a ``tol``). Waits for a device.
     trace : callable, optional
         Called as ``trace(iteration, errors)`` after each iteration, ``errors`` the array of ``max |sum - 1|`` of the
         first-normalised side, shape ``(B,)`` for the flattened batch. Slower; for looking, not for training.
@@ -147,8 +148,8 @@ def project(
     -----
     A NaN or +inf poisons its own matrix alone (``Status.nonfinite_input``). If the logits hold -inf, the pattern of
     zeros is analysed on the host (which waits for a device): without total support the status is
-    ``no_total_support``, and the matrix is the iterate, its zeros kept. Under ``torch.compile`` and functional transforms
-    that analysis is left out.
+    ``no_total_support``, and the matrix is the iterate, its zeros kept. Under ``torch.compile`` and functional
+    transforms that analysis is left out.
 
     Examples
     --------
@@ -159,7 +160,7 @@ def project(
     ('converged', True)
     """
     xp = check_logits(logits)
-    solver = SinkhornKnopp() if solver is None else solver
+    method: Solver = SinkhornKnopp() if solver is None else solver
     precision = precision or DEFAULT
     if finish not in _FINISHES:
         raise OptionError(f"finish must be one of {tuple(_FINISHES)}, got {finish!r}")
@@ -167,12 +168,12 @@ def project(
     finisher = _FINISHES[finish]
     # A finish works on the unrounded matrix, so that only the last cast rounds.
     running = precision if finisher is None else replace(settled, store=settled.compute)
-    matrix, counts = _solve(logits, solver, xp, running, adjoint, trace)
+    matrix, counts = _solve(logits, method, xp, running, adjoint, trace)
     if finisher is not None:
         matrix = _xp.astype(xp, finisher(matrix), _xp.dtype_of(xp, str(settled.store)))
-    result = _report(logits, matrix, counts, solver, xp, settled)
+    result = _report(logits, matrix, counts, method, xp, settled)
     if throw:
-        _raise_on_trouble(result, solver)
+        _raise_on_trouble(result, method)
     return result
 
 
@@ -257,6 +258,7 @@ def _raise_on_trouble(result: Projection, solver: Solver) -> None:
             ", ..." if len(where) > 5 else ""
         )
         raise ProjectionError(
-            f"{len(where)} of {codes.size} matrices: {Status(status).name} (batch index {shown}). {Status(status).advice}",
+            f"{len(where)} of {codes.size} matrices: {Status(status).name} (batch index {shown}). "
+            f"{Status(status).advice}",
             status=result.status,
         )

@@ -1,7 +1,7 @@
 """Tables of implementations: rows are data, targets are dotted strings, and a refusal gives its reason.
 
-``Row`` and ``Table`` know nothing of projections; :mod:`mhc_layers` has a table of its own. A target is imported when it
-is first chosen, so a table costs nothing and names packages that need not be installed.
+``Row`` and ``Table`` know nothing of projections; :mod:`mhc_layers` has a table of its own. A target is imported when
+it is first chosen, so a table costs nothing and names packages that need not be installed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Table(Generic[F]):
         return found
 
     def _walk(self, facts: F) -> Resolution[F]:
-        refusals = []
+        refusals: list[Refusal] = []
         for row in self.rows:
             reason = row.refuse(facts)
             if reason is None:

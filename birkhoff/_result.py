@@ -36,15 +36,15 @@ class Status(IntEnum):
 _ADVICE = {
     Status.converged: "Both marginals are within the tolerance.",
     Status.max_iters_reached: (
-        "The marginals are not within the tolerance after the last iteration. Wide logits need many Sinkhorn iterations: "
-        "use solvers.Newton(), finish='exact', more iterations, or a range_cap."
+        "The marginals are not within the tolerance after the last iteration. Wide logits need many Sinkhorn "
+        "iterations: use solvers.Newton(), finish='exact', more iterations, or a range_cap."
     ),
     Status.nonfinite_input: (
         "The logits hold NaN or +inf, so this matrix is NaN. -inf is allowed: it is an exact zero of the matrix."
     ),
     Status.no_total_support: (
-        "No doubly stochastic matrix has exactly the zeros that the -inf logits ask for. Replace -inf by a large negative "
-        "number, allow a permutation through every remaining entry, or use finish='exact'."
+        "No doubly stochastic matrix has exactly the zeros that the -inf logits ask for. Replace -inf by a large "
+        "negative number, allow a permutation through every remaining entry, or use finish='exact'."
     ),
     Status.ill_conditioned_adjoint: (
         "The implicit gradient was refused because the matrix is not converged to its bound; the exact gradient of the "
@@ -66,7 +66,7 @@ class Projection:
     num_iters : integer array, shape (...)
         Iterations spent on each matrix.
     row_error, column_error : array, shape (...)
-        ``max |sum - 1|`` over the rows, and over the columns, of the matrix **as returned** (after rounding to its dtype).
+        ``max |sum - 1|`` over the rows, and over the columns, of the matrix **as returned**, rounded to its dtype.
     """
 
     matrix: Any

@@ -1,4 +1,4 @@
-"""Torch: projections as registered operators with exact gradients, under every transform. The only use of torch here."""
+"""Torch: projections as registered operators with exact gradients, under every transform."""
 
 from __future__ import annotations
 

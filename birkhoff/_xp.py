@@ -55,7 +55,7 @@ def device(array: Any) -> Any:
 
 
 def device_kind(array: Any) -> str:
-    """``"cpu"``, ``"cuda"``, ``"mps"``, ...: CuPy arrays count as ``"cuda"``, array-api-strict's devices as ``"cpu"``."""
+    """``"cpu"``, ``"cuda"``, ``"mps"``, ...: CuPy counts as ``"cuda"``, array-api-strict's devices as ``"cpu"``."""
     if isinstance(array, np.ndarray) or array_api_compat.is_array_api_strict_namespace(array_namespace(array)):
         return "cpu"
     if array_api_compat.is_cupy_array(array):

@@ -1,4 +1,4 @@
-"""Gradient rules, separate from the solvers: pass one as ``adjoint=`` to :func:`birkhoff.project`, or call its ``vjp``."""
+"""Gradient rules, apart from the solvers: pass one as ``adjoint=`` to :func:`birkhoff.project`, or call its ``vjp``."""
 
 from birkhoff.adjoints.unrolled import Unrolled
 

@@ -6,7 +6,8 @@ respect to the *logarithm* of the matrix,
 .. math:: \bar L \leftarrow \bar L - \omega\, P \circ \textstyle\sum \bar L
 
 (sums over the normalised axis, kept; :math:`\omega` the relaxation weight), from :math:`P_T \circ G` down to the start.
-The damped recurrence has the same half steps and differs in its start alone. Derivation: ``docs/derivations/exact_adjoint``.
+The damped recurrence has the same half steps and differs in its start alone. Derivation:
+``docs/derivations/exact_adjoint``.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Unrolled:
         branch = _xp.can_branch(logits)
 
         def sweep(method: Any, *parts: Any) -> Any:
-            return unrolled_vjp(*parts, method, xp=xp, accumulate=accumulate, branch=branch)
+            values, grads = parts
+            return unrolled_vjp(values, grads, method, xp=xp, accumulate=accumulate, branch=branch)
 
         if num_iters is None:
             grad = sweep(replace(solver, tol=None), *stacks)
@@ -127,7 +129,8 @@ def unrolled_vjp_tangent(
 
     The second-order rule, by differentiating both sweeps: with :math:`\dot P = P \circ \dot L`,
 
-    .. math:: \dot{\bar L} \leftarrow \dot{\bar L} - \omega (\dot P \circ \textstyle\sum \bar L + P \circ \sum \dot{\bar L})
+    .. math:: \dot{\bar L} \leftarrow \dot{\bar L}
+              - \omega (\dot P \circ \textstyle\sum \bar L + P \circ \sum \dot{\bar L})
 
     Symmetric second derivatives make it the gradient of ``<grad_matrix, jvp(tangent)>`` too, which double backward
     uses.

@@ -21,9 +21,18 @@ class Solver(Protocol):
     """
 
     method: ClassVar[str]
-    num_iters: int
-    tol: float | None
-    first: First
+
+    @property
+    def num_iters(self) -> int:
+        """Iterations to run, or the limit with ``tol``."""
+
+    @property
+    def tol(self) -> float | None:
+        """Largest accepted error of the first-normalised side, or None for a fixed number of iterations."""
+
+    @property
+    def first(self) -> First:
+        """The side normalised first; the other one is exact at the end."""
 
     def init(self, logits: Any, frame: Frame) -> tuple[Any, ...]:
         """State before the first iteration."""
@@ -45,7 +54,7 @@ class TracedSolver(Solver, Protocol):
         """Gradient with respect to the logits, from the one with respect to the log of the first matrix."""
 
     def pull_start_tangent(self, logits: Any, grad_log: Any, tangent: Any, grad_tangent: Any, frame: Frame) -> Any:
-        """Tangent of :meth:`pull_start` when the logits move along ``tangent`` and ``grad_log`` along ``grad_tangent``."""
+        """Tangent of :meth:`pull_start` as logits move along ``tangent`` and ``grad_log`` along ``grad_tangent``."""
 
     def push_start(self, logits: Any, tangent: Any, frame: Frame) -> Any:
         """Tangent of the log of the first matrix, from the one of the logits."""

@@ -48,8 +48,8 @@ class SinkhornDamped:
 
     Notes
     -----
-    Computes (R5)-(R7) of :mod:`birkhoff.reference` within ``4 n u max(1, range / 16)``. The result is the *stored* matrix;
-    DeepSeek applies its transpose.
+    Computes (R5)-(R7) of :mod:`birkhoff.reference` within ``4 n u max(1, range / 16)``. The result is the *stored*
+    matrix; DeepSeek applies its transpose.
 
     Examples
     --------
