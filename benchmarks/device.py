@@ -1,0 +1,149 @@
+"""Timing, memory and floors on one GPU, for the layer and training benchmarks.
+
+Protocol: correctness first; inputs rotate over sets that together exceed the L2 cache; medians of CUDA events, as
+called and by replay of a CUDA graph; a floor is bytes divided by the copy rate of the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["Memory", "Times", "copy_rate", "free", "machine", "measure_memory", "time_calls"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Microseconds of one call: as the caller sees it, and in a CUDA graph (None if it cannot be captured)."""
+
+    called: float
+    graph: float | None
+    refused: str | None = None
+
+    @property
+    def best(self) -> float:
+        """The smaller of the two: what the kernels cost."""
+        return self.called if self.graph is None else min(self.called, self.graph)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes: alive between forward and backward beyond inputs and outputs, and the highest above the inputs."""
+
+    kept: int
+    peak: int
+
+
+def free() -> None:
+    """Return memory that earlier measurements hold in caches."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _median_us(run: Callable[[int], None], repeats: int) -> float:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for index, (start, stop) in enumerate(events):
+        start.record()
+        run(index)
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3
+
+
+def _repeats(run: Callable[[int], None], budget_ms: float) -> int:
+    run(0)
+    once = max(_median_us(run, 1) / 1e3, 1e-3)
+    return int(min(60, max(5, budget_ms / once)))
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], *, graph: bool = True, budget_ms: float = 60.0) -> Times:
+    """Time functions that do the same work on different inputs, in turn.
+
+    ``called`` is the median over single calls between two events on an idle stream, which includes gaps between
+    launches when the host is slower than the device. ``graph`` captures all calls once and divides the replay's median.
+    """
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+
+    def as_called(index: int) -> None:
+        calls[index % len(calls)]()
+
+    called = _median_us(as_called, _repeats(as_called, budget_ms))
+    if not graph:
+        return Times(called, None, "not asked for")
+    stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(captured):
+            for call in calls:
+                call()
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            torch.cuda.synchronize()
+        return Times(called, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+
+    def replay(index: int) -> None:
+        captured.replay()
+
+    return Times(called, _median_us(replay, _repeats(replay, budget_ms)) / len(calls))
+
+
+def measure_memory(forward: Callable[[], Any], backward: Callable[[Any], Any], outputs: int) -> Memory:
+    """Measure one forward and backward; ``outputs`` bytes of the forward's results are not counted as kept."""
+    result = backward(forward())  # compiles and fills workspaces that stay
+    del result
+    free()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = forward()
+    kept = torch.cuda.memory_allocated() - before - outputs
+    result = backward(result)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return Memory(kept, peak)
+
+
+def copy_rate(size: int = 1 << 31) -> float:
+    """Bytes per second, read plus write, of a device-to-device copy of ``size`` bytes."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = time_calls([lambda: target.copy_(source)], budget_ms=80.0)
+    return 2 * size / times.best * 1e6
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(packages: Sequence[str]) -> dict[str, Any]:
+    """Describe hardware, versions, commit and date of a report."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    versions = {name: version for name in packages if (version := _version(name)) is not None}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit or None,
+    }
