@@ -107,7 +107,7 @@ def test_chained_backward_equals_its_two_parts(n: int, c: int, m: int) -> None:
     assert streams_backward.applies_chained(site.x, site.g, site.gu) is None
     arguments = (site.x, site.g, site.gu, site.mix, site.dz, site.phi)
     dx, slabs, df, dcoef = streams_backward.streams_backward_chained(
-        *arguments, site.y, site.f, site.proj, site.alpha, site.bias, 2.0
+        *arguments, site.y, site.f, site.proj, site.alpha[1], site.bias, 2.0
     )
     alone, alone_slabs = streams_backward.streams_backward(*arguments)
     assert torch.equal(dx, alone)

@@ -1,6 +1,6 @@
 """The write of a site fused with the projection of the next.
 
-Tokens M, streams n, channels C, K = nC, N = n(n + 2).
+Tokens M (any leading axes), streams n, channels C, K = nC, N = n(n + 2). Everything contiguous.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def _shared_bytes(num_streams: int, delayed: bool) -> int:
 
 
 def _launch(x: Tensor, f: Tensor, coef: Tensor, phi: Tensor, delayed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (m, n, c), big_n = x.shape, phi.shape[0]
+    (n, c), big_n = x.shape[-2:], phi.shape[0]
+    m = x.numel() // (n * c)
     groups = -(-c // _BLOCK_C)
     out, u = torch.empty_like(x), torch.empty_like(f) if delayed else f
     slabs = torch.empty((groups, m, big_n), dtype=torch.float32, device=x.device)

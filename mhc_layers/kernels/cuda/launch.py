@@ -57,7 +57,7 @@ def token_splits(num_tokens: int, tile: int, groups: int, start_tiles: int, devi
 
 
 def refuse(x: torch.Tensor, supported: tuple[int, ...], what: str) -> str | None:
-    """Return the reason why a CUDA C++ kernel does not run on streams ``x (M, n, C)``, or None if it does."""
+    """Return the reason why a CUDA C++ kernel does not run on streams ``x (..., n, C)``, or None if it does."""
     if x.device.type != "cuda":
         return f"{what} needs a CUDA device, the streams are on {x.device}"
     if torch.version.hip is not None:

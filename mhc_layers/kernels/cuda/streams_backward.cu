@@ -186,7 +186,7 @@ DEVICE void chain(unsigned char* mine, const float* numbers, const Mixing& post,
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* mix, const u16* dz, const float* phi,
-                        const u16* y, const u16* f, const float* proj, const float* alpha, const float* bias,
+                        const u16* y, const u16* f, const float* proj, const float* alpha_post, const float* bias,
                         float post_multiplier, u16* dx, float* dphi_slabs, u16* df, float* dots_slabs, int M) {
   extern __shared__ __align__(128) unsigned char shared[];
   uint2* terms = (uint2*)shared;
@@ -207,7 +207,7 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
   load_phi(phi, terms, channel0);
   Mixing post;
   if (CHAIN) {
-    post.alpha = __ldg(alpha + 1), post.multiplier = post_multiplier;
+    post.alpha = __ldg(alpha_post), post.multiplier = post_multiplier;
 #pragma unroll
     for (int o = 0; o < n; o++) post.bias[o] = __ldg(bias + n + o);
   }

@@ -1,6 +1,6 @@
 """The last backward kernel of a site (B2), alone or chained with the first one (A) of the site before.
 
-Tokens M, streams n, channels C, K = nC, N = n(n + 2).
+Tokens M (any leading axes), streams n, channels C, K = nC, N = n(n + 2). Everything contiguous.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _geometry(num_streams: int, num_mix: int, num_dz: int, chained: bool) -> tup
 def _launch(
     x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, phi: Tensor, before: tuple[Any, ...] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (m, n, c), big_n = x.shape, phi.shape[0]
+    (n, c), big_n = x.shape[-2:], phi.shape[0]
+    m = x.numel() // (n * c)
     chained = before is not None
     block_c, shared = _geometry(n, mix.shape[-1], dz.shape[-1], chained)
     macros = (f"-DMIX_COLUMNS={mix.shape[-1]}", f"-DDZ_COLUMNS={dz.shape[-1]}", f"-DSHARED_BYTES={shared}")
@@ -59,7 +60,7 @@ def _launch(
     splits = token_splits(m, _TOKENS, groups, 4, x.get_device())
     dx = torch.empty_like(x)
     slabs = torch.empty((splits, big_n, n * c), dtype=torch.float32, device=x.device)
-    y, f, proj, alpha, bias, post_multiplier = before or (x, gu, mix, mix, mix, 0.0)
+    y, f, proj, alpha_post, bias, post_multiplier = before or (x, gu, mix, mix, mix, 0.0)
     df = torch.empty_like(f) if chained else dx
     dots = torch.empty((groups, m, n + n * n), dtype=torch.float32, device=x.device) if chained else slabs
     module.function("streams_backward_kernel")(
@@ -75,7 +76,7 @@ def _launch(
             y,
             f,
             proj,
-            alpha,
+            alpha_post,
             bias,
             np.float32(post_multiplier),
             dx,
@@ -114,7 +115,7 @@ def streams_backward(x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, 
     dphi_slabs : Tensor
         ``(S, N, K)`` float32, one slab per split of the tokens; their sum in order is the gradient of phi.
     """
-    if x.shape[0] == 0:
+    if x.numel() == 0:
         return torch.empty_like(x), x.new_zeros((1, *phi.shape), dtype=torch.float32)
     dx, slabs, _, _ = _launch(x, g, gu, mix, dz, phi, None)
     return dx, slabs
@@ -130,7 +131,7 @@ def streams_backward_chained(
     y: Tensor,
     f: Tensor,
     proj: Tensor,
-    alpha: Tensor,
+    alpha_post: Tensor,
     bias: Tensor,
     post_multiplier: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,8 +143,8 @@ def streams_backward_chained(
         As for :func:`streams_backward`.
     y, f : Tensor
         Streams that entered the site before ``(M, n, C)`` and its sublayer's output ``(M, C)``, bfloat16.
-    proj, alpha, bias : Tensor
-        Its projections ``(M, N)``, gates ``(3,)`` and biases ``(N,)``, float32, from which ``h_post`` is made again.
+    proj, alpha_post, bias : Tensor
+        Its projections ``(M, N)``, gate ``()`` and biases ``(N,)``, float32, from which ``h_post`` is made again.
     post_multiplier : float
         Of its convention.
 
@@ -156,12 +157,12 @@ def streams_backward_chained(
     dcoef : Tensor
         ``(M, N)`` float32: gradient of the site's coefficients, zero in the columns of ``h_pre``.
     """
-    (m, n, _), big_n = x.shape, phi.shape[0]
-    if m == 0:
+    n, big_n = x.shape[-2], phi.shape[0]
+    if x.numel() == 0:
         zero = x.new_zeros((1, *phi.shape), dtype=torch.float32)
         return torch.empty_like(x), zero, torch.empty_like(f), torch.empty_like(proj)
-    dx, slabs, df, dots = _launch(x, g, gu, mix, dz, phi, (y, f, proj, alpha, bias, post_multiplier))
-    dcoef = torch.empty((m, big_n), dtype=torch.float32, device=x.device)
+    dx, slabs, df, dots = _launch(x, g, gu, mix, dz, phi, (y, f, proj, alpha_post, bias, post_multiplier))
+    dcoef, m = torch.empty_like(proj), dots.shape[1]
     _, shared = _geometry(n, mix.shape[-1], dz.shape[-1], True)
     macros = (f"-DMIX_COLUMNS={mix.shape[-1]}", f"-DDZ_COLUMNS={dz.shape[-1]}", f"-DSHARED_BYTES={shared}")
     module = kernels("streams_backward", n, x.shape[-1], (*macros, "-DCHAINED"), x.get_device())
