@@ -24,8 +24,8 @@ class Kronecker:
        F = \begin{pmatrix} s & 1-s \\ 1-s & s \end{pmatrix},\ s = \operatorname{sigmoid}(\theta) \text{ for a factor } 2
 
     A factor p = 3 or 5 is a convex combination of p! permutations. For n = 4: two parameters. The Kronecker product of
-    doubly stochastic matrices is doubly stochastic; not every doubly stochastic matrix is of this form. The construction is
-    the one known as KromHC.
+    doubly stochastic matrices is doubly stochastic; not every doubly stochastic matrix is of this form. It is the
+    construction known as KromHC.
 
     Notes
     -----
