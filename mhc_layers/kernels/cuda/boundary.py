@@ -5,10 +5,13 @@ Tokens M (any leading axes), streams n, channels C, K = nC, N = n(n + 2). Everyt
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from birkhoff.kernels.cuda.compiler import Kernel
 from mhc_layers.kernels.cuda.launch import kernels, refuse, token_splits
 
 __all__ = ["applies", "boundary_forward", "boundary_read_forward"]
@@ -31,6 +34,15 @@ def _shared_bytes(num_streams: int, delayed: bool) -> int:
     return 2 * _WARPS * n * jt * 32 * 16 + 2 * stage + 2 * _WARPS * _TOKENS * (8 * jt + 2) * 4
 
 
+@functools.lru_cache(maxsize=256)
+def _prepare(num_streams: int, dim: int, delayed: bool, device: int) -> tuple[Kernel, int]:
+    """Compiled code for one kind of boundary on one device, and the bytes of shared memory of its blocks."""
+    shared = _shared_bytes(num_streams, delayed)
+    macros = (f"-DSHARED_BYTES={shared}", *(("-DDELAYED",) if delayed else ()))
+    module = kernels("boundary", num_streams, dim, macros, device)
+    return module.function("boundary_forward_kernel"), shared
+
+
 def _launch(x: Tensor, f: Tensor, coef: Tensor, phi: Tensor, delayed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, c), big_n = x.shape[-2:], phi.shape[0]
     m = x.numel() // (n * c)
@@ -40,11 +52,9 @@ def _launch(x: Tensor, f: Tensor, coef: Tensor, phi: Tensor, delayed: bool) -> t
     squares = torch.empty((groups, m), dtype=torch.float32, device=x.device)
     if m == 0:
         return out, u, slabs, squares
-    shared = _shared_bytes(n, delayed)
-    macros = (f"-DSHARED_BYTES={shared}", *(("-DDELAYED",) if delayed else ()))
-    module = kernels("boundary", n, c, macros, x.get_device())
+    kernel, shared = _prepare(n, c, delayed, x.get_device())
     splits = token_splits(m, _TOKENS, groups, 3, x.get_device())
-    module.function("boundary_forward_kernel")(
+    kernel(
         (groups, splits),
         (32 * _WARPS,),
         (x, f, coef, phi, out, u, slabs, squares, np.int32(m)),

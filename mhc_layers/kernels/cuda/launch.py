@@ -39,6 +39,7 @@ def _multiprocessors(device: int) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
+@functools.lru_cache(maxsize=1024)
 def token_splits(num_tokens: int, tile: int, groups: int, start_tiles: int, device: int) -> int:
     """How many blocks share the tokens of one group of channels.
 

@@ -5,12 +5,14 @@ Tokens M (any leading axes), streams n, channels C, K = nC, N = n(n + 2). Everyt
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from birkhoff.kernels.cuda.compiler import Kernel
 from mhc_layers.kernels.cuda.launch import kernels, refuse, token_splits
 
 __all__ = ["applies", "applies_chained", "streams_backward", "streams_backward_chained"]
@@ -47,23 +49,38 @@ def _geometry(num_streams: int, num_mix: int, num_dz: int, chained: bool) -> tup
     return block_c, phi + stages * stage + (_WARPS * _TOKENS * dots * 4 if chained else 0)
 
 
+class _Prepared(NamedTuple):
+    """Compiled code for one kind of site on one device, and the shape of its blocks."""
+
+    backward: Kernel
+    sum_dots: Kernel
+    block_c: int
+    shared_bytes: int
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(num_streams: int, dim: int, num_mix: int, num_dz: int, chained: bool, device: int) -> _Prepared:
+    block_c, shared = _geometry(num_streams, num_mix, num_dz, chained)
+    macros = (f"-DMIX_COLUMNS={num_mix}", f"-DDZ_COLUMNS={num_dz}", f"-DSHARED_BYTES={shared}")
+    module = kernels("streams_backward", num_streams, dim, (*macros, "-DCHAINED") if chained else macros, device)
+    return _Prepared(module.function("streams_backward_kernel"), module.function("sum_dots_kernel"), block_c, shared)
+
+
 def _launch(
     x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, phi: Tensor, before: tuple[Any, ...] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, c), big_n = x.shape[-2:], phi.shape[0]
     m = x.numel() // (n * c)
     chained = before is not None
-    block_c, shared = _geometry(n, mix.shape[-1], dz.shape[-1], chained)
-    macros = (f"-DMIX_COLUMNS={mix.shape[-1]}", f"-DDZ_COLUMNS={dz.shape[-1]}", f"-DSHARED_BYTES={shared}")
-    module = kernels("streams_backward", n, c, (*macros, "-DCHAINED") if chained else macros, x.get_device())
-    groups = -(-c // block_c)
+    prepared = _prepare(n, c, mix.shape[-1], dz.shape[-1], chained, x.get_device())
+    groups = -(-c // prepared.block_c)
     splits = token_splits(m, _TOKENS, groups, 4, x.get_device())
     dx = torch.empty_like(x)
     slabs = torch.empty((splits, big_n, n * c), dtype=torch.float32, device=x.device)
     y, f, proj, alpha_post, bias, post_multiplier = before or (x, gu, mix, mix, mix, 0.0)
     df = torch.empty_like(f) if chained else dx
     dots = torch.empty((groups, m, n + n * n), dtype=torch.float32, device=x.device) if chained else slabs
-    module.function("streams_backward_kernel")(
+    prepared.backward(
         (groups, splits),
         (32 * _WARPS,),
         (
@@ -85,7 +102,7 @@ def _launch(
             dots,
             np.int32(m),
         ),
-        shared_bytes=shared,
+        shared_bytes=prepared.shared_bytes,
     )
     return dx, slabs, df, dots
 
@@ -163,10 +180,6 @@ def streams_backward_chained(
         return torch.empty_like(x), zero, torch.empty_like(f), torch.empty_like(proj)
     dx, slabs, df, dots = _launch(x, g, gu, mix, dz, phi, (y, f, proj, alpha_post, bias, post_multiplier))
     dcoef, m = torch.empty_like(proj), dots.shape[1]
-    _, shared = _geometry(n, mix.shape[-1], dz.shape[-1], True)
-    macros = (f"-DMIX_COLUMNS={mix.shape[-1]}", f"-DDZ_COLUMNS={dz.shape[-1]}", f"-DSHARED_BYTES={shared}")
-    module = kernels("streams_backward", n, x.shape[-1], (*macros, "-DCHAINED"), x.get_device())
-    module.function("sum_dots_kernel")(
-        (-(-m * big_n // 256),), (256,), (dots, dcoef, np.int32(dots.shape[0]), np.int32(m))
-    )
+    prepared = _prepare(n, x.shape[-1], mix.shape[-1], dz.shape[-1], True, x.get_device())
+    prepared.sum_dots((-(-m * big_n // 256),), (256,), (dots, dcoef, np.int32(dots.shape[0]), np.int32(m)))
     return dx, slabs, df, dcoef
