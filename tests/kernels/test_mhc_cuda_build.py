@@ -32,7 +32,8 @@ def compile_for_sm_90(name: str, macros: list[str], folder: Path) -> str:
     return result.stderr
 
 
-def assert_no_spills(report: str) -> None:
+def assert_no_spills(report: str, *kernels: str) -> None:
+    assert all(f"'{kernel}'" in report for kernel in kernels), report
     spills = re.findall(r"(\d+) bytes spill stores", report)
     assert spills and all(bytes_ == "0" for bytes_ in spills), report
 
@@ -47,7 +48,8 @@ def test_streams_backward_builds(n: int, c: int, chained: bool, tmp_path: Path) 
     _, shared = streams_backward._geometry(n, num_mix, num_dz, chained)
     macros = [f"-DNUM_STREAMS={n}", f"-DDIM={c}", f"-DMIX_COLUMNS={num_mix}", f"-DDZ_COLUMNS={num_dz}"]
     macros += [f"-DSHARED_BYTES={shared}", *(["-DCHAINED"] if chained else [])]
-    assert_no_spills(compile_for_sm_90("streams_backward", macros, tmp_path))
+    report = compile_for_sm_90("streams_backward", macros, tmp_path)
+    assert_no_spills(report, "streams_backward_kernel", "sum_dots_kernel")
 
 
 @pytest.mark.aot
@@ -55,4 +57,5 @@ def test_streams_backward_builds(n: int, c: int, chained: bool, tmp_path: Path) 
 @pytest.mark.parametrize("delayed", [False, True])
 def test_boundary_builds(n: int, c: int, delayed: bool, tmp_path: Path) -> None:
     macros = [f"-DNUM_STREAMS={n}", f"-DDIM={c}", f"-DSHARED_BYTES={boundary._shared_bytes(n, delayed)}"]
-    assert_no_spills(compile_for_sm_90("boundary", [*macros, *(["-DDELAYED"] if delayed else [])], tmp_path))
+    report = compile_for_sm_90("boundary", [*macros, *(["-DDELAYED"] if delayed else [])], tmp_path)
+    assert_no_spills(report, "boundary_forward_kernel")

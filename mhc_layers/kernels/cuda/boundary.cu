@@ -34,23 +34,24 @@ static_assert(SHARED_BYTES == PHI_BYTES + STAGES * STAGE + 2 * WARPS * TOKENS * 
               "the launcher asks for the layout's bytes");
 static_assert(SHARED_BYTES <= 232448, "tiles and phi must fit in a multiprocessor's shared memory");
 
-// phi[N, n, C] fp32 -> the tensor core's operand order, both terms: piece (warp, o, jt, lane) holds
-// phi[8 jt + p] at stream o and the eight channels that the lanes with this q hold
+// phi[N, n, C] fp32 -> the tensor core's operand order, both terms, each warp its own channels: piece
+// (warp, o, jt, lane) holds phi[8 jt + p] at stream o and the eight channels that the lanes with this q hold
 DEVICE void load_phi(const float* phi, uint4* terms, int channel0) {
-  for (int at = threadIdx.x; at < PHI_PIECES; at += THREADS) {
-    const int lane = at & 31, rest = at >> 5;
-    const int jt = rest % JT, o = rest / JT % n, warp = rest / (JT * n);
-    const int j = 8 * jt + (lane >> 2), channel = channel0 + warp * WARP_C + (lane & 3) * 8;
-    const float* from = phi + (i64)j * K + o * C + channel;
-    u32 hi[4], lo[4];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int channel = channel0 + warp * WARP_C + (lane & 3) * 8;
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
-      const bool l = j < N && channel + 2 * w < C, h = j < N && channel + 2 * w + 1 < C;
-      split(l ? __ldg(from + 2 * w) : 0.f, h ? __ldg(from + 2 * w + 1) : 0.f, hi[w], lo[w]);
+  for (int o = 0; o < n; o++)
+#pragma unroll
+    for (int jt = 0; jt < JT; jt++) {
+      float v[8];
+      load_floats<4>(v, phi, 8 * jt + (lane >> 2), o, channel);
+      load_floats<4>(v + 4, phi, 8 * jt + (lane >> 2), o, channel + 4);
+      uint4 hi, lo;
+      split(v[0], v[1], hi.x, lo.x), split(v[2], v[3], hi.y, lo.y);
+      split(v[4], v[5], hi.z, lo.z), split(v[6], v[7], hi.w, lo.w);
+      const int at = ((warp * n + o) * JT + jt) * 32 + lane;
+      terms[at] = hi, terms[PHI_PIECES + at] = lo;
     }
-    terms[at] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
-    terms[PHI_PIECES + at] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
-  }
 }
 
 DEVICE void load_tile(unsigned char* stage, const u16* x, const u16* f, const float* coef, i64 token0, int M,

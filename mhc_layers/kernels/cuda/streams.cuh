@@ -58,6 +58,17 @@ DEVICE void store_row(u16* to, const void* from) {
   else *to = *(const u16*)from;
 }
 
+// COUNT neighbouring channels of phi[N, n, C] from `channel` on, zeros outside
+template <int COUNT> DEVICE void load_floats(float* v, const float* phi, int j, int i, int channel) {
+  const float* from = phi + (i64)j * K + i * C + channel;
+  if constexpr (COUNT == 4 && C % 4 == 0) {
+    *(float4*)v = j < N && channel < C ? __ldg((const float4*)from) : make_float4(0.f, 0.f, 0.f, 0.f);
+  } else {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) v[k] = j < N && channel + k < C ? __ldg(from + k) : 0.f;
+  }
+}
+
 // d += a b on the tensor core: a is 16 x 16 (or 16 x 8), b is 16 x 8 (8 x 8), bf16 in, fp32 out.
 // Lane l = 4p + q holds a[p | p+8][2q, 2q+1 | 2q+8, 2q+9], b[2q, 2q+1 | 2q+8, 2q+9][p], d[p | p+8][2q, 2q+1].
 DEVICE void mma16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -42,22 +42,27 @@ struct Inputs {
   const float *mix, *proj;
 };
 
-// phi[N, n, C] fp32 -> the tensor core's operand order, both terms: word r of (warp, i, mt, jt, lane) holds
-// phi[8 jt + 2q, + 1] at stream i and channel 2 MT p + 2 mt + r of the warp
+// phi[N, n, C] fp32 -> the tensor core's operand order, both terms, each warp its own channels: word r of
+// (warp, i, mt, jt, lane) holds phi[8 jt + 2q, + 1] at stream i and channel 2 MT p + 2 mt + r of the warp
 DEVICE void load_phi(const float* phi, uint2* terms, int channel0) {
-  for (int at = threadIdx.x; at < PHI_WORDS; at += THREADS) {
-    int lane = at & 31, rest = at >> 5;
-    int jt = rest % JT, mt = rest / JT % MT, i = rest / (JT * MT) % n, warp = rest / (JT * MT * n);
-    int j = 8 * jt + 2 * (lane & 3), channel = channel0 + warp * WARP_C + (lane >> 2) * 2 * MT + 2 * mt;
-    u32 hi[2], lo[2];
-    for (int r = 0; r < 2; r++) {
-      bool inside = channel + r < C;
-      const float* from = phi + (i64)j * K + i * C + channel + r;
-      split(inside && j < N ? __ldg(from) : 0.f, inside && j + 1 < N ? __ldg(from + K) : 0.f, hi[r], lo[r]);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3, p = lane >> 2;
+  const int channel = channel0 + warp * WARP_C + p * 2 * MT;
+#pragma unroll
+  for (int i = 0; i < n; i++)
+#pragma unroll
+    for (int jt = 0; jt < JT; jt++) {
+      float v[2][2 * MT];
+#pragma unroll
+      for (int h = 0; h < 2; h++) load_floats<2 * MT>(v[h], phi, 8 * jt + 2 * q + h, i, channel);
+#pragma unroll
+      for (int mt = 0; mt < MT; mt++) {
+        uint2 hi, lo;
+        split(v[0][2 * mt], v[1][2 * mt], hi.x, lo.x);
+        split(v[0][2 * mt + 1], v[1][2 * mt + 1], hi.y, lo.y);
+        const int at = (((warp * n + i) * MT + mt) * JT + jt) * 32 + lane;
+        terms[at] = hi, terms[PHI_WORDS + at] = lo;
+      }
     }
-    terms[at] = make_uint2(hi[0], hi[1]);
-    terms[PHI_WORDS + at] = make_uint2(lo[0], lo[1]);
-  }
 }
 
 DEVICE void load_tile(unsigned char* stage, const Inputs& in, i64 token0, int M, int channel0) {
@@ -333,4 +338,18 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
           }
         }
       }
+}
+
+// dcoef[t] = 0 (pre) | sum over channel blocks of dots[t], in their order
+extern "C" __global__ void __launch_bounds__(256) sum_dots_kernel(const float* dots_slabs, float* dcoef, int count, int M) {
+  const i64 k = (i64)blockIdx.x * 256 + threadIdx.x;
+  if (k >= (i64)M * N) return;
+  const i64 token = k / N;
+  const int column = (int)(k % N) - n;
+  float total = 0.f;
+  if (column >= 0) {
+#pragma unroll 4
+    for (int s = 0; s < count; s++) total += __ldcs(dots_slabs + ((i64)s * M + token) * DOTS + column);
+  }
+  dcoef[k] = total;
 }
