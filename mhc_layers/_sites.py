@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
-from mhc_layers import functional
+from mhc_layers import _streams, functional
 
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
@@ -24,12 +24,14 @@ class SiteState(NamedTuple):
 
     ``h_pre (..., n)``, ``h_post (..., n)`` and ``h_res (..., n, n)`` were computed from the streams that entered the
     site. ``h_pre`` is this site's own, also where the convention delays its use: the next site, or the readout, takes
-    it from here. ``h_res`` is None for the identity; all three are None for the plain residual.
+    it from here. ``h_res`` is None for the identity; all three are None for the plain residual. ``streams`` is an
+    alias of the streams through which their gradient is threaded (:mod:`mhc_layers._streams`); only ``post`` uses it.
     """
 
     h_pre: Tensor | None
     h_post: Tensor | None
     h_res: Tensor | None
+    streams: Tensor | None = None
     apply_dtype: str = "float32"
 
 
@@ -59,14 +61,18 @@ class FunctionalSite:
     """The steps in plain torch, from :mod:`mhc_layers.functional`; runs every connection on every device."""
 
     def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
-        h_pre, h_post, h_res = site.maps(x)
-        if site.convention.read_delay:
-            u = x[..., 0, :] if previous is None else functional.read(x, previous)
+        h_pre, h_post, h_res, x = site.threaded_maps(x)
+        if not site.convention.read_delay:
+            u, x = _streams.read(x, h_pre)
+        elif previous is None:
+            u = x[..., 0, :]
         else:
-            u = functional.read(x, h_pre)
-        return u, SiteState(h_pre, h_post, h_res, site.convention.apply_dtype)
+            u, x = _streams.read(x, previous)
+        return u, SiteState(h_pre, h_post, h_res, x, site.convention.apply_dtype)
 
     def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
+        if state.apply_dtype == "float32":
+            return _streams.write(state.streams, f, state.h_res, state.h_post)
         return functional.write(x, f, state.h_res, state.h_post, apply_dtype=state.apply_dtype)
 
     def boundary(

@@ -1,4 +1,4 @@
-"""Frozen, keyword-only configurations; a wrong value fails when the configuration is made, and the message has the fix."""
+"""Frozen, keyword-only configurations; a wrong value fails when they are made, with the fix in the message."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from mhc_layers.conventions import PAPER, Convention, get_convention
 from mhc_layers.initialization import INITS
+from mhc_layers.residual_maps import res_map_names
 
 __all__ = ["CONNECTION_KINDS", "TransformerConfig"]
 
@@ -35,7 +36,7 @@ class TransformerConfig:
     convention : Convention or str
         Orientation, epsilons, readout and read delay of the sites.
     res_map : str, optional
-        Name of a parametrization of :mod:`birkhoff.parametrizations` that replaces the projection.
+        Name of what replaces the projection, see :func:`mhc_layers.residual_maps.get_res_map`.
     init : str
         Initial values of the sites, a name of :data:`mhc_layers.initialization.INITS`.
     tie_embeddings : bool
@@ -120,6 +121,8 @@ class TransformerConfig:
                 f"res_map={self.res_map!r} replaces the projection of 'mhc' and 'mhc_static'; "
                 f"got connection={self.connection!r}."
             )
+        if self.res_map is not None and self.res_map not in res_map_names():
+            raise ValueError(f"Unknown res_map {self.res_map!r}; accepted: {', '.join(res_map_names())}.")
         if self.init not in INITS:
             raise ValueError(f"Unknown init {self.init!r}; presets: {', '.join(INITS)}.")
         if self.num_experts < 0 or (self.num_experts and not 1 <= self.experts_per_token <= self.num_experts):

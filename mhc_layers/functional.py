@@ -9,14 +9,18 @@ Shape legend: B tokens' leading axes ``...``, n streams, C channels.
 
 from __future__ import annotations
 
-import contextlib
-from typing import NamedTuple, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhc_layers import reference
+from birkhoff._project import _matrix, check_logits
+from birkhoff.precision import DEFAULT
+from birkhoff.solvers import SinkhornDamped, SinkhornKnopp
+from mhc_layers import _streams
+from mhc_layers._streams import without_autocast
 from mhc_layers.conventions import PAPER, Convention
 
 __all__ = [
@@ -58,16 +62,22 @@ class Parameters(NamedTuple):
     alpha_res: Tensor
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which autocast is off on this device; free where it is off already."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Dtype of coefficients: float64 if any input has it, float32 otherwise."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@cache
+def solver_of(convention: Convention) -> Any:
+    """The solver of :mod:`birkhoff.solvers` that projects the stored logits of a convention."""
+    if convention.start == "exp":
+        return SinkhornKnopp(num_iters=convention.num_iters, first=convention.stored_first)
+    return SinkhornDamped(
+        num_iters=convention.num_iters,
+        first=convention.stored_first,
+        eps_start=convention.eps_start,
+        eps_den=convention.eps_den,
+    )
 
 
 def project_residual(logits: Tensor, convention: Convention = PAPER) -> Tensor:
@@ -75,7 +85,8 @@ def project_residual(logits: Tensor, convention: Convention = PAPER) -> Tensor:
 
     The result acts from the left, output stream first; a transposed convention is transposed here, as a view.
     """
-    return reference.residual_map(logits, convention)
+    stored = _matrix(logits, solver_of(convention), check_logits(logits), DEFAULT)
+    return stored.mT if convention.transposed else stored
 
 
 def inverse_rms(vec: Tensor, convention: Convention) -> Tensor:
@@ -86,21 +97,25 @@ def inverse_rms(vec: Tensor, convention: Convention) -> Tensor:
     return torch.reciprocal(norm / vec.shape[-1] ** 0.5 + convention.norm_eps)
 
 
+def threaded_logits(x: Tensor, params: SiteParameters, convention: Convention = PAPER) -> tuple[Tensor, Tensor, Tensor]:
+    """Like :func:`site_logits`, and also the streams to use from here on (:mod:`mhc_layers._streams`)."""
+    n = x.shape[-2]
+    num_res = params.phi.shape[0] - 2 * n
+    with without_autocast(x.device.type):
+        phi = params.phi.to(compute_dtype(x.dtype, params.phi.dtype))
+        z, x = _streams.normed_projection(x, phi, convention.norm_eps, convention.norm_eps_place == "inside")
+        alphas = [params.alpha_pre.expand(n), params.alpha_post.expand(n)]
+        gates = torch.cat([*alphas, params.alpha_res.expand(num_res)] if num_res else alphas)
+        gate, residual = torch.addcmul(params.bias, z, gates).split([2 * n, num_res], dim=-1)
+    return gate, residual, x
+
+
 def site_logits(x: Tensor, params: SiteParameters, convention: Convention = PAPER) -> tuple[Tensor, Tensor]:
     """Project the streams ``(..., n, C)`` to a site's logits: those of both gates ``(..., 2 n)`` and the rest.
 
     Equations 14 to 16 of the paper: the division by r and the gates come after the matrix product.
     """
-    n = x.shape[-2]
-    dtype = compute_dtype(x.dtype, params.phi.dtype)
-    vec = x.flatten(-2)
-    num_res = params.phi.shape[0] - 2 * n
-    alphas = [params.alpha_pre.expand(n), params.alpha_post.expand(n)]
-    gates = torch.cat([*alphas, params.alpha_res.expand(num_res)] if num_res else alphas)
-    projected = F.linear(vec.to(dtype), params.phi.to(dtype))
-    logits = torch.addcmul(params.bias, projected * inverse_rms(vec, convention), gates)
-    gate, residual = logits.split([2 * n, num_res], dim=-1)
-    return gate, residual
+    return threaded_logits(x, params, convention)[:2]
 
 
 def gate_maps(logits: Tensor, convention: Convention = PAPER) -> tuple[Tensor, Tensor]:
@@ -174,8 +189,7 @@ def read(x: Tensor, h_pre: Tensor) -> Tensor:
 
     The sum is taken in the dtype of ``h_pre`` and rounded once.
     """
-    with without_autocast(x.device.type):
-        return torch.matmul(h_pre.unsqueeze(-2), x.to(h_pre.dtype)).squeeze(-2).to(x.dtype)
+    return _streams.read(x, h_pre.to(compute_dtype(x.dtype, h_pre.dtype)))[0]
 
 
 def write(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor, *, apply_dtype: str = "float32") -> Tensor:
@@ -200,12 +214,12 @@ def write(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor, *, apply_d
     Tensor
         ``(..., n, C)`` in the dtype of ``x``.
     """
+    if apply_dtype == "float32":
+        dtype = compute_dtype(x.dtype, h_post.dtype)
+        return _streams.write(x, f, None if h_res is None else h_res.to(dtype), h_post.to(dtype))
     with without_autocast(x.device.type):
-        dtype = x.dtype if apply_dtype == "activation" else compute_dtype(x.dtype, h_post.dtype)
-        wide = x.to(dtype)
-        written = h_post.to(dtype).unsqueeze(-1) * f.to(dtype).unsqueeze(-2)
-        mixed = wide if h_res is None else torch.matmul(h_res.to(dtype), wide)
-        return (written + mixed).to(x.dtype)
+        written = h_post.to(x.dtype).unsqueeze(-1) * f.to(x.dtype).unsqueeze(-2)
+        return written + (x if h_res is None else torch.matmul(h_res.to(x.dtype), x))
 
 
 def expand_streams(e: Tensor, num_streams: int) -> Tensor:

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from birkhoff._registry import Resolution
 from mhc_layers import functional
 from mhc_layers._precision import KeepsFloat32
-from mhc_layers._registry import resolve
+from mhc_layers._registry import SiteFacts, explain, resolve
 from mhc_layers._sites import SiteImplementation, SiteState
 from mhc_layers.config import CONNECTION_KINDS
 from mhc_layers.conventions import PAPER, Convention, get_convention
 from mhc_layers.initialization import Init, get_init
+from mhc_layers.residual_maps import get_res_map
 
 __all__ = ["CapturedCoefficients", "HyperConnection", "SiteRecord", "capture_coefficients"]
 
@@ -37,9 +39,9 @@ class HyperConnection(KeepsFloat32):
     connection : str
         "mhc": the paper's layer. "mhc_static": the same with biases only. "identity": ``h_res = I``. "hc" and
         "hc_static": dynamic and static Hyper-Connections, whose maps are free. "residual": see ``disable``.
-    res_map : object, optional
-        Replaces the projection of the residual logits ("mhc" and "mhc_static" only): an object with
-        ``num_logits(n) -> int`` that maps ``(..., num_logits)`` to the operator ``(..., n, n)``.
+    res_map : str or object, optional
+        Replaces the projection of the residual logits ("mhc" and "mhc_static" only): a parametrization or a solver of
+        birkhoff, or its class name, see :func:`mhc_layers.residual_maps.get_res_map`.
     init : Init or str
         Initial values, a preset or its name (:mod:`mhc_layers.initialization`). The Hyper-Connections kinds have
         their own published start and ignore it.
@@ -108,7 +110,7 @@ class HyperConnection(KeepsFloat32):
         self.sublayer = sublayer
         self.convention = get_convention(convention)
         self.connection = "residual" if disable else connection
-        self.res_map = res_map
+        self.res_map = get_res_map(res_map)
         self.init = get_init(init)
         self.index = index
         self.requested_implementation = implementation
@@ -119,7 +121,7 @@ class HyperConnection(KeepsFloat32):
 
     def _make_parameters(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
         n, c = self.num_streams, self.dim
-        num_res = n * n if self.res_map is None else self.res_map.num_logits(n)
+        num_res = n * n if self.res_map is None else self.res_map.num_parameters(n)
         phi_shape, bias_size, gates = {
             "mhc": ((2 * n + num_res, n * c), 2 * n + num_res, ("pre", "post", "res")),
             "mhc_static": (None, 2 * n + num_res, ()),
@@ -153,7 +155,7 @@ class HyperConnection(KeepsFloat32):
             pre = init.pre_bias(n, self.index, self.convention.eps_pre)
             post = init.post_bias(n, self.index)
             if self.res_map is not None:
-                res = self.res_map.initial_logits(n, init.off_diagonal)
+                res = torch.from_numpy(self.res_map.initial_parameters(n, mass=init.off_diagonal_mass(n)))
             else:
                 res = init.off_diagonal * (1.0 - torch.eye(n)).flatten()
         values = [torch.tensor(pre), torch.tensor(post)]
@@ -176,6 +178,10 @@ class HyperConnection(KeepsFloat32):
         """The object that runs this site, chosen once from the table."""
         return self._implementation
 
+    def explain(self) -> Resolution[SiteFacts]:
+        """Say which row of the table of implementations serves this site, and why the rows before it refused."""
+        return explain(self)
+
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits before any map: those of both gates ``(..., 2 n)`` and the residual ones ``(..., k)``.
 
@@ -186,17 +192,16 @@ class HyperConnection(KeepsFloat32):
         if self.phi is None:
             gate, residual = self.bias.tensor_split([2 * self.num_streams])
             return gate.expand(*x.shape[:-2], -1), residual.expand(*x.shape[:-2], -1)
-        with functional.without_autocast(x.device.type):
-            return functional.site_logits(x, self, self.convention)
+        return functional.site_logits(x, self, self.convention)
 
-    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return ``h_pre``, ``h_post`` and ``h_res`` of streams ``(..., n, C)``; ``h_res`` None is the identity."""
+    def threaded_maps(self, x: Tensor) -> Maps:
+        """Return the three maps of streams ``(..., n, C)``, ``h_res`` None for I, and the streams to go on with."""
         return _MAPS[self.connection](self, x)
 
     def residual(self, logits: Tensor) -> Tensor:
         """Map residual logits ``(..., k)`` to the operator ``(..., n, n)``, by the convention or by ``res_map``."""
         if self.res_map is not None:
-            return self.res_map(logits)
+            return self.res_map.matrix(logits, self.num_streams)
         n = self.num_streams
         return functional.project_residual(logits.unflatten(-1, (n, n)), self.convention)
 
@@ -229,7 +234,7 @@ class HyperConnection(KeepsFloat32):
         True
         """
         self._check(x)
-        h_pre, h_post, h_res = self.maps(x)
+        h_pre, h_post, h_res, _ = self.threaded_maps(x)
         if h_res is None:
             eye = torch.eye(self.num_streams, dtype=h_pre.dtype, device=h_pre.device)
             h_res = eye.expand(*x.shape[:-2], -1, -1)
@@ -305,51 +310,52 @@ class HyperConnection(KeepsFloat32):
         )
 
 
-def _constrained_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+Maps = tuple[Tensor, Tensor, Tensor | None, Tensor]
+"""``h_pre``, ``h_post``, ``h_res`` (None: the identity), and the streams to use from here on."""
+
+
+def _constrained_maps(site: HyperConnection, x: Tensor) -> Maps:
+    gate, residual, x = functional.threaded_logits(x, site, site.convention)
     with functional.without_autocast(x.device.type):
-        gate, residual = functional.site_logits(x, site, site.convention)
-        return *functional.gate_maps(gate, site.convention), site.residual(residual)
+        return *functional.gate_maps(gate, site.convention), site.residual(residual), x
 
 
-def _static_constrained_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _static_constrained_maps(site: HyperConnection, x: Tensor) -> Maps:
     with functional.without_autocast(x.device.type):
         gate, residual = site.bias.tensor_split([2 * site.num_streams])
-        maps = *functional.gate_maps(gate, site.convention), site.residual(residual)
-    return _expanded(maps, x)
+        pre, post = functional.gate_maps(gate, site.convention)
+        return _expanded(pre, post, site.residual(residual), x)
 
 
-def _identity_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    with functional.without_autocast(x.device.type):
-        gate, _ = functional.site_logits(x, site, site.convention)
-        return *functional.gate_maps(gate, site.convention), None
+def _identity_maps(site: HyperConnection, x: Tensor) -> Maps:
+    gate, _, x = functional.threaded_logits(x, site, site.convention)
+    return *functional.gate_maps(gate, site.convention), None, x
 
 
-def _dynamic_hc_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    return functional.hc_coefficients(x, site, site.convention)
+def _dynamic_hc_maps(site: HyperConnection, x: Tensor) -> Maps:
+    return *functional.hc_coefficients(x, site, site.convention), x
 
 
-def _static_hc_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _static_hc_maps(site: HyperConnection, x: Tensor) -> Maps:
     n = site.num_streams
     pre, post, res = site.bias.split([n, n, n * n])
-    return _expanded((pre, post, res.view(n, n)), x)
+    return _expanded(pre, post, res.view(n, n), x)
 
 
-def _residual_maps(site: HyperConnection, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = functional.compute_dtype(x.dtype)
-    one_hot = torch.zeros(site.num_streams, dtype=dtype, device=x.device)
+def _residual_maps(site: HyperConnection, x: Tensor) -> Maps:
+    one_hot = torch.zeros(site.num_streams, dtype=functional.compute_dtype(x.dtype), device=x.device)
     one_hot[0] = 1.0
-    pre, post, _ = _expanded((one_hot, torch.ones_like(one_hot), torch.eye(0)), x)
-    return pre, post, None
-
-
-def _expanded(maps: tuple[Tensor, Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same maps for every token of the streams."""
-    pre, post, res = maps
     tokens = x.shape[:-2]
-    return pre.expand(*tokens, -1), post.expand(*tokens, -1), res.expand(*tokens, -1, -1)
+    return one_hot.expand(*tokens, -1), torch.ones_like(one_hot).expand(*tokens, -1), None, x
 
 
-_MAPS: dict[str, Callable[[HyperConnection, Tensor], tuple[Tensor, Tensor, Tensor | None]]] = {
+def _expanded(pre: Tensor, post: Tensor, res: Tensor, x: Tensor) -> Maps:
+    """The same maps for every token of the streams."""
+    tokens = x.shape[:-2]
+    return pre.expand(*tokens, -1), post.expand(*tokens, -1), res.expand(*tokens, -1, -1), x
+
+
+_MAPS: dict[str, Callable[[HyperConnection, Tensor], Maps]] = {
     "mhc": _constrained_maps,
     "mhc_static": _static_constrained_maps,
     "identity": _identity_maps,

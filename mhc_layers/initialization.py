@@ -70,6 +70,11 @@ class Init:
         high, low = self.write_biases
         return [high if stream == index % num_streams else low for stream in range(num_streams)]
 
+    def off_diagonal_mass(self, num_streams: int) -> float:
+        """Return the share of a row off the diagonal, ``(n - 1) e^b / (1 + (n - 1) e^b)`` for the bias b there."""
+        off = max(num_streams - 1, 1) * math.exp(self.off_diagonal)
+        return off / (1.0 + off)
+
 
 INITS: dict[str, Init] = {
     init.name: init

@@ -118,6 +118,7 @@ class Transformer(nn.Module):
                     sublayer,
                     convention=config.convention,
                     connection=config.connection,
+                    res_map=config.res_map,
                     init=config.init,
                     index=len(sites),
                     implementation=config.implementation,
