@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from birkhoff import _iterate, _xp
@@ -9,7 +10,16 @@ from birkhoff._registry import PROJECTIONS, Facts, Resolution
 from birkhoff.adjoints.unrolled import unrolled_vjp
 from birkhoff.precision import DEFAULT, Precision
 
-__all__ = ["explain", "facts_of", "kernel_arguments", "resolve", "stack_forward", "stack_to_tolerance", "stack_vjp"]
+__all__ = [
+    "explain",
+    "facts_of",
+    "kernel_arguments",
+    "resolve",
+    "stack_forward",
+    "stack_to_tolerance",
+    "stack_vjp",
+    "with_dtypes",
+]
 
 
 def facts_of(logits: Any, solver: Any, precision: Precision = DEFAULT) -> Facts:
@@ -76,6 +86,12 @@ def stack_to_tolerance(
         solver, _xp.astype(xp, logits, compute), xp=xp, accumulate=accumulate, trace=trace
     )
     return _xp.astype(xp, matrix, store), counts
+
+
+def with_dtypes(function: Callable[..., Any], stacks: tuple[Any, ...], solver: Any, precision: Precision) -> Any:
+    """Call ``function(*stacks, solver, xp=, accumulate=)`` with the stacks in the compute dtype."""
+    xp, compute, accumulate, _ = _dtypes(stacks[0], precision)
+    return function(*(_xp.astype(xp, stack, compute) for stack in stacks), solver, xp=xp, accumulate=accumulate)
 
 
 def _dtypes(logits: Any, precision: Precision) -> tuple[Any, Any, Any, Any]:

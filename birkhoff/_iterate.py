@@ -30,7 +30,7 @@ def run(solver: Any, logits: Any, *, xp: Any, accumulate: Any, branch: bool) -> 
             state = method.step(state, frame)
         return method.matrix(state, frame)
 
-    with _xp.quiet():
+    with _xp.quiet(logits):
         return _layout.map_pieces(piece, xp, (logits,), accumulate, split=branch)
 
 
@@ -45,7 +45,7 @@ def run_to_tolerance(
     method = solver.wide() if hasattr(solver, "wide") else solver
     frame = _layout.frame_for(xp, accumulate)
     where = _xp.device(logits)
-    with _xp.quiet():
+    with _xp.quiet(logits):
         state = method.init(logits, frame)
         counts = xp.zeros((logits.shape[0],), dtype=xp.int32, device=where)
         active = xp.ones((logits.shape[0],), dtype=xp.bool, device=where)

@@ -15,7 +15,7 @@ from birkhoff import _math, _xp
 
 __all__ = ["Frame", "frame_for", "map_pieces", "split_by_range"]
 
-_PIECE_BYTES = 1 << 18  # of one stack of matrices; a step touches about four
+_PIECE_BYTES = 3 << 17  # of one stack of matrices; a step touches about four
 _SMALL_ORDER = 32
 _SMALL_BATCH = 16
 

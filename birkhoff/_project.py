@@ -10,7 +10,6 @@ import numpy as np
 from birkhoff import _math, _xp, rounding
 from birkhoff._dispatch import stack_forward, stack_to_tolerance
 from birkhoff._iterate import Trace
-from birkhoff._registry import load
 from birkhoff._result import Projection, Status
 from birkhoff.errors import DtypeError, OptionError, ProjectionError, ShapeError
 from birkhoff.precision import DEFAULT, Precision, unit_roundoff
@@ -213,12 +212,20 @@ _ARRAYS: dict[str, Any] = {
     "to_tolerance": stack_to_tolerance,
     "may_read": _may_read_arrays,
 }
-_BINDINGS = {"torch": "birkhoff._torch_ops:BINDING"}  # libraries with automatic differentiation
+
+
+def _torch_binding() -> dict[str, Any]:
+    from birkhoff._torch_ops import BINDING  # imports torch, which the caller's array has already done
+
+    return BINDING
+
+
+_BINDINGS = {"torch": _torch_binding}  # libraries with automatic differentiation
 
 
 def _binding(xp: Any, role: str) -> Any:
-    target = _BINDINGS.get(_xp.library_name(xp))
-    return (_ARRAYS if target is None else load(target))[role]
+    binding = _BINDINGS.get(_xp.library_name(xp))
+    return (_ARRAYS if binding is None else binding())[role]
 
 
 def _report(logits: Any, matrix: Any, counts: Any, solver: Solver, xp: Any, settled: Precision) -> Projection:
@@ -229,7 +236,7 @@ def _report(logits: Any, matrix: Any, counts: Any, solver: Solver, xp: Any, sett
         zeros = xp.zeros(batch, dtype=values.dtype, device=_xp.device(values))
         status = xp.zeros(batch, dtype=xp.int32, device=_xp.device(values))
         return Projection(matrix, status, counts, zeros, zeros)
-    with _xp.quiet():
+    with _xp.quiet(values):
         rows, columns = _math.marginal_errors(xp, values)
     target = solver.tol if solver.tol is not None else unit_roundoff(settled.compute) ** 0.5
     within = xp.logical_and(rows <= target, columns <= target)

@@ -20,7 +20,7 @@ from birkhoff._layout import Frame
 from birkhoff.errors import ShapeError
 from birkhoff.precision import DEFAULT, Precision
 
-__all__ = ["Unrolled", "unrolled_jvp", "unrolled_vjp", "unrolled_vjp_tangent"]
+__all__ = ["Unrolled", "unrolled_jvp", "unrolled_matrix", "unrolled_vjp", "unrolled_vjp_tangent"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,14 @@ def unrolled_vjp(logits: Any, grad_matrix: Any, solver: Any, *, xp: Any, accumul
     def piece(frame: Frame, *parts: Any) -> Any:
         return _layout.split_by_range(solver, frame, parts, sweep, branch=branch)
 
-    with _xp.quiet():
+    with _xp.quiet(logits):
         return _layout.map_pieces(piece, xp, (logits, grad_matrix), accumulate, split=branch)
+
+
+def unrolled_matrix(logits: Any, solver: Any, *, xp: Any, accumulate: Any) -> Any:
+    """The matrix itself, in differentiable array calls without any branch."""
+    tape = list(_any_range(solver).trajectory(logits, _layout.frame_for(xp, accumulate)))
+    return tape[-1][0]
 
 
 def unrolled_jvp(logits: Any, tangent: Any, solver: Any, *, xp: Any, accumulate: Any) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import importlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
 from birkhoff._layout import Frame
 from birkhoff.errors import OptionError
 
-__all__ = ["First", "Solver", "TracedSolver", "check_options"]
+__all__ = ["First", "Solver", "TracedSolver", "check_options", "from_text", "to_text"]
 
 First = Literal["columns", "rows"]
 
@@ -72,3 +76,19 @@ def check_options(solver: Any) -> None:
     range_cap = getattr(solver, "range_cap", None)
     if range_cap is not None and not range_cap > 0:
         raise OptionError(f"{name}: range_cap must be None or a number > 0, got {range_cap!r}")
+
+
+def to_text(solver: Any) -> str:
+    """A solver as ``"package.module:Class(field=value, ...)"``, for the schema of a registered operator."""
+    fields = ", ".join([f"{field.name}={getattr(solver, field.name)!r}" for field in dataclasses.fields(solver)])
+    return f"{type(solver).__module__}:{type(solver).__name__}({fields})"
+
+
+@cache
+def from_text(text: str) -> Any:
+    """The solver that :func:`to_text` wrote down."""
+    module, _, call = text.partition(":")
+    parsed = ast.parse(call, mode="eval").body
+    assert isinstance(parsed, ast.Call) and isinstance(parsed.func, ast.Name)
+    kind = getattr(importlib.import_module(module), parsed.func.id)
+    return kind(**{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in parsed.keywords})
