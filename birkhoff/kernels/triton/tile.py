@@ -620,8 +620,7 @@ def _pull_segment(
     dm = _pick(is_last, end_dm, dm, n * n, LANE)
     da = _pick(is_last, end_da, da, n, LANE)
     db = _pick(is_last, end_db, db, n, LANE)
-    for step in tl.static_range(LENGTH):
-        t: tl.constexpr = LENGTH - 1 - step
+    for t in tl.static_range(LENGTH - 1, -1, -1):
         dm, more = _pull_half(m, dm, kept_b[t + 1], db, kept_a[t + 1], n, 1 - FIRST, KIND, LANE)
         da = _add(da, more, n, LANE)
         dm, d_before = _pull_half(m, dm, kept_a[t + 1], da, kept_b[t], n, FIRST, KIND, LANE)
@@ -687,15 +686,21 @@ def _pull_cap(logits, d, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr
         out = ()
         for i in tl.static_range(n):
             for j in tl.static_range(n):
-                line: tl.constexpr = j if FIRST == 0 else i
                 taken = 0.0
                 ties = 0.0
                 for k in tl.static_range(n):
-                    other: tl.constexpr = k * n + j if FIRST == 0 else i * n + k
-                    taken += tl.where(logits[other] < top[line] - cap, d[other], 0.0)
-                    ties += tl.where(logits[other] == top[line], 1.0, 0.0)
-                own = tl.where(logits[i * n + j] < top[line] - cap, 0.0, d[i * n + j])
-                out = out + (own + tl.where(logits[i * n + j] == top[line], taken / ties, 0.0),)
+                    if FIRST == 0:
+                        other = logits[k * n + j]
+                        d_other = d[k * n + j]
+                    else:
+                        other = logits[i * n + k]
+                        d_other = d[i * n + k]
+                    peak = top[j if FIRST == 0 else i]
+                    taken += tl.where(other < peak - cap, d_other, 0.0)
+                    ties += tl.where(other == peak, 1.0, 0.0)
+                entry = logits[i * n + j]
+                own = tl.where(entry < peak - cap, 0.0, d[i * n + j])
+                out = out + (own + tl.where(entry == peak, taken / ties, 0.0),)
         return out
     else:
         peak = tl.expand_dims(top, FIRST + 1)
