@@ -10,11 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
+from birkhoff.kernels.triton import tile
 from mhc_layers.kernels.options import SiteOptions
-from mhc_layers.kernels.triton.configs import finish_block, is_interpreting, next_power_of_2
-from mhc_layers.kernels.triton.maps import residual_map_backward
+from mhc_layers.kernels.triton.configs import (
+    FinishConfig,
+    cdiv,
+    finish_config,
+    mix_width,
+    next_power_of_2,
+    padded_rows,
+    streams_of,
+)
 
-__all__ = ["finish_backward", "mix_width"]
+__all__ = ["finish_backward"]
 
 
 @triton.jit
@@ -32,7 +40,9 @@ def finish_backward_kernel(
     RSTD,
     DCOEF,
     DOTS,
-    ALPHA,
+    ALPHA_PRE,
+    ALPHA_POST,
+    ALPHA_RES,
     BIAS,
     MIX,
     DZ,
@@ -41,8 +51,6 @@ def finish_backward_kernel(
     inv_k,
     eps_pre,
     post_scale,
-    eps_start,
-    eps_den,
     n: tl.constexpr,
     NS: tl.constexpr,
     NP: tl.constexpr,
@@ -50,9 +58,13 @@ def finish_backward_kernel(
     TERMS: tl.constexpr,
     HAS_DOTS: tl.constexpr,
     METHOD: tl.constexpr,
-    FIRST: tl.constexpr,
+    COLUMNS_FIRST: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ITERS: tl.constexpr,
+    EPS_START: tl.constexpr,
+    EPS_DEN: tl.constexpr,
+    LENGTH: tl.constexpr,
+    LANE: tl.constexpr,
     BT: tl.constexpr,
 ):
     """With l the logits and p the normalised projections: dp = alpha dl, dz = dp / r, rc = -(sum dp p) / (r^2 K)."""
@@ -68,7 +80,7 @@ def finish_backward_kernel(
     partial = PARAMS + pid * (NP + 4)
 
     # read: Eq. 17
-    alpha = tl.load(ALPHA)
+    alpha = tl.load(ALPHA_PRE)
     p = tl.load(PROJ + row, mask=pair, other=0.0)
     s = tl.sigmoid(alpha * p + tl.load(BIAS + i, mask=i < n, other=0.0)[None, :])
     h_pre = s + eps_pre
@@ -83,7 +95,7 @@ def finish_backward_kernel(
     _store_dz(DZ, dz_row, alpha * dl * rstd[:, None], pair, NP, TERMS)
 
     # write: Eq. 18
-    alpha = tl.load(ALPHA + 1)
+    alpha = tl.load(ALPHA_POST)
     p = tl.load(PROJ + row + n, mask=pair, other=0.0)
     s = tl.sigmoid(alpha * p + tl.load(BIAS + n + i, mask=i < n, other=0.0)[None, :])
     dl = tl.load(DCOEF + row + n, mask=pair, other=0.0) * post_scale * s * (1.0 - s)
@@ -94,35 +106,62 @@ def finish_backward_kernel(
     _store_dz(DZ, dz_row + n, alpha * dl * rstd[:, None], pair, NP, TERMS)
 
     # mix: Eq. 9 and 19, exact adjoint of the truncated iteration
-    alpha = tl.load(ALPHA + 2)
-    a = tl.arange(0, NS)[None, :, None]
-    b = tl.arange(0, NS)[None, None, :]
-    real = (a < n) & (b < n)
-    mask = live[:, None, None] & real
-    token = tok[:, None, None]
-    stored = 2 * n + a * n + b
-    operator = stored
-    if TRANSPOSED:
-        operator = 2 * n + b * n + a
-    p = tl.load(PROJ + token * N + stored, mask=mask, other=0.0)
-    logits = alpha * p + tl.load(BIAS + stored, mask=real, other=0.0)
-    d = tl.load(DCOEF + token * N + operator, mask=mask, other=0.0)
-    h_res, dl = residual_map_backward(logits, d, n, NS, METHOD, FIRST, ITERS, eps_start, eps_den)
-    dl = tl.where(mask, dl, 0.0)
-    dlp = dl * p
-    tl.store(partial + stored, tl.sum(dl, axis=0, keep_dims=True), mask=real)
-    dot = tl.sum(tl.sum(dlp, axis=2), axis=1)
-    tl.store(partial + NP + 2, tl.sum(dot, axis=0))
-    inner += alpha * dot
-    dz_cell = token * (TERMS * NP) + stored
-    _store_dz(DZ, dz_cell, alpha * dl * rstd[:, None, None], mask, NP, TERMS)
+    alpha = tl.load(ALPHA_RES)
+    if LANE:
+        cells = ()
+        grads = ()
+        for a in tl.static_range(n):
+            for b in tl.static_range(n):
+                stored = 2 * n + a * n + b
+                acting = 2 * n + (b * n + a if TRANSPOSED else a * n + b)
+                p = tl.load(PROJ + tok * N + stored, mask=live, other=0.0)
+                cells = cells + (alpha * p + tl.load(BIAS + stored),)
+                grads = grads + (tl.load(DCOEF + tok * N + acting, mask=live, other=0.0),)
+        h_res = tile.sinkhorn(cells, ITERS, n, METHOD, COLUMNS_FIRST, True, EPS_START, EPS_DEN)
+        for a in tl.static_range(n):
+            for b in tl.static_range(n):
+                place = a * P + b if TRANSPOSED else b * P + a
+                tl.store(MIX + tok * (n * P) + place, h_res[a * n + b], mask=live)
+        dlogits = tile.sinkhorn_vjp(
+            cells, grads, ITERS, n, METHOD, COLUMNS_FIRST, True, LENGTH, EPS_START, EPS_DEN
+        )
+        dot = tl.zeros((BT,), tl.float32)
+        for k in tl.static_range(n * n):
+            # p is read again rather than held through the adjoint, which needs the registers
+            p = tl.load(PROJ + tok * N + 2 * n + k, mask=live, other=0.0)
+            dl = tl.where(live, dlogits[k], 0.0)
+            dot += dl * p
+            tl.store(partial + 2 * n + k, tl.sum(dl, axis=0))
+            _store_dz(DZ, tok * (TERMS * NP) + 2 * n + k, alpha * dl * rstd, live, NP, TERMS)
+        tl.store(partial + NP + 2, tl.sum(dot, axis=0))
+        inner += alpha * dot
+    else:
+        a = tl.arange(0, NS)[None, :, None]
+        b = tl.arange(0, NS)[None, None, :]
+        real = (a < n) & (b < n)
+        mask = live[:, None, None] & real
+        token = tok[:, None, None]
+        stored = 2 * n + a * n + b
+        acting = stored
+        place = b * P + a
+        if TRANSPOSED:
+            acting = 2 * n + b * n + a
+            place = a * P + b
+        p = tl.load(PROJ + token * N + stored, mask=mask, other=0.0)
+        logits = alpha * p + tl.load(BIAS + stored, mask=real, other=0.0)
+        h_res = tile.sinkhorn(logits, ITERS, n, METHOD, COLUMNS_FIRST, False, EPS_START, EPS_DEN)
+        tl.store(MIX + token * (n * P) + place, h_res, mask=mask)
+        d = tl.load(DCOEF + token * N + acting, mask=mask, other=0.0)
+        dl = tile.sinkhorn_vjp(logits, d, ITERS, n, METHOD, COLUMNS_FIRST, False, LENGTH, EPS_START, EPS_DEN)
+        dl = tl.where(mask, dl, 0.0)
+        dlp = dl * p
+        tl.store(partial + stored, tl.sum(dl, axis=0, keep_dims=True), mask=real)
+        dot = tl.sum(tl.sum(dlp, axis=2), axis=1)
+        tl.store(partial + NP + 2, tl.sum(dot, axis=0))
+        inner += alpha * dot
+        _store_dz(DZ, token * (TERMS * NP) + stored, alpha * dl * rstd[:, None, None], mask, NP, TERMS)
 
     # what B2 multiplies with: row i holds h_res[0..n-1, i], h_pre[i], rc
-    out = MIX + token * (n * P)
-    if TRANSPOSED:
-        tl.store(out + a * P + b, h_res, mask=mask)
-    else:
-        tl.store(out + b * P + a, h_res, mask=mask)
     out = MIX + tok[:, None] * (n * P) + i[None, :] * P
     tl.store(out + n, h_pre, mask=pair)
     rc = -inner * rstd * rstd * inv_k
@@ -135,40 +174,41 @@ def finish_backward_kernel(
     _store_dz(DZ, tok[:, None] * (TERMS * NP) + j[None, :], zero, pad, NP, TERMS)
 
 
-def mix_width(num_streams: int) -> int:
-    """Length of a row of ``mix``: n + 2 values, padded to a power of two."""
-    return next_power_of_2(num_streams + 2)
-
-
 def finish_backward(
     proj: torch.Tensor,
     rstd: torch.Tensor,
     dcoef: torch.Tensor,
     dots: torch.Tensor | None,
-    alpha: torch.Tensor,
+    alphas: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     bias: torch.Tensor,
     options: SiteOptions,
     k: int,
     stream_dtype: torch.dtype,
+    *,
+    config: FinishConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Adjoint of the coefficients.
 
     Parameters
     ----------
     proj, rstd : Tensor
-        Kept by the forward: ``[M, N]`` and ``[M]`` fp32.
+        Kept by the forward: ``(..., N)`` and ``(...)`` fp32, M tokens.
     dcoef : Tensor
-        Gradient of the coefficients, ``[M, N]`` fp32.
+        Gradient of the coefficients, ``(..., N)`` fp32.
     dots : Tensor or None
         ``[M, n]``, added to the gradient of h_pre.
-    alpha, bias : Tensor
-        ``[3]`` and ``[N]`` fp32.
+    alphas : tuple of Tensor
+        The gates of pre, post and res, 0-d fp32.
+    bias : Tensor
+        ``[N]`` fp32.
     options : SiteOptions
         The convention.
     k : int
         nC.
     stream_dtype : torch.dtype
         bf16 streams take dz in two bf16 terms, others in one fp32 term.
+    config : FinishConfig, optional
+        Replaces the table's launch shape.
 
     Returns
     -------
@@ -179,14 +219,16 @@ def finish_backward(
     params : Tensor
         ``[programs, PAD(N) + 4]`` fp32 partial sums: dbias, then dalpha for pre, post, res.
     """
-    num_tokens, num_rows = proj.shape
-    num_streams = round((num_rows + 1) ** 0.5) - 1
-    padded = max(16, next_power_of_2(num_rows))
+    num_rows = proj.shape[-1]
+    num_tokens = rstd.numel()
+    num_streams = streams_of(num_rows)
+    padded = padded_rows(num_rows)
     width = mix_width(num_streams)
     two_terms = stream_dtype == torch.bfloat16
     device = proj.device
-    block = finish_block(num_streams)
-    programs = triton.cdiv(num_tokens, block)
+    if config is None:
+        config = finish_config(num_streams, backward=True)
+    programs = cdiv(num_tokens, config.block_tokens)
     mix = torch.empty((num_tokens, num_streams, width), dtype=torch.float32, device=device)
     terms = 2 if two_terms else 1
     dz = torch.empty((num_tokens, terms, padded), dtype=stream_dtype if two_terms else torch.float32, device=device)
@@ -198,7 +240,7 @@ def finish_backward(
         rstd,
         dcoef,
         proj if dots is None else dots,
-        alpha,
+        *alphas,
         bias,
         mix,
         dz,
@@ -207,19 +249,21 @@ def finish_backward(
         1.0 / k,
         options.eps_pre,
         options.post_multiplier,
-        options.eps_start,
-        options.eps_den,
         n=num_streams,
         NS=next_power_of_2(num_streams),
         NP=padded,
         P=width,
         TERMS=terms,
         HAS_DOTS=dots is not None,
-        METHOD=options.method,
-        FIRST=options.first,
+        METHOD=int(options.method == "damped"),
+        COLUMNS_FIRST=options.first == "columns",
         TRANSPOSED=options.transposed,
         ITERS=options.num_iters,
-        BT=block,
-        num_warps=4 if not is_interpreting() else 1,
+        EPS_START=options.eps_start,
+        EPS_DEN=options.eps_den,
+        LENGTH=min(config.length, options.num_iters),
+        LANE=config.lane,
+        BT=config.block_tokens,
+        num_warps=config.num_warps,
     )
     return mix, dz, params

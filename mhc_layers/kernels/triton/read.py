@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_layers.kernels.triton.configs import RowConfig, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
 
 __all__ = ["read_forward"]
 
@@ -33,13 +33,14 @@ def read_forward_kernel(
 
 def read_forward(x: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | None = None) -> torch.Tensor:
     """Return ``u [M, C]`` of streams ``x [M, n, C]``; ``coef [M, >= n]`` fp32 starts with h_pre (its rows may be strided)."""
-    num_tokens, num_streams, dim = x.shape
-    u = torch.empty((num_tokens, dim), dtype=x.dtype, device=x.device)
+    *lead, num_streams, dim = x.shape
+    num_tokens = x.numel() // (num_streams * dim)
+    u = torch.empty((*lead, dim), dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return u
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=False)
-    grid = (triton.cdiv(num_tokens, config.block_tokens) * triton.cdiv(dim, config.block_channels),)
+    grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
     read_forward_kernel[grid](
         x,
         coef,

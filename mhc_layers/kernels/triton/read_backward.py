@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_layers.kernels.triton.configs import RowConfig, lane_values, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
 
 __all__ = ["read_backward"]
 
@@ -41,13 +41,14 @@ def read_backward_kernel(
 
 def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None = None) -> torch.Tensor:
     """Return ``dots [M, n]`` fp32 of ``gu [M, C]`` with the streams ``x [M, n, C]``."""
-    num_tokens, num_streams, dim = x.shape
-    dots = torch.empty((num_tokens, num_streams), dtype=torch.float32, device=x.device)
+    *lead, num_streams, dim = x.shape
+    num_tokens = x.numel() // (num_streams * dim)
+    dots = torch.empty((*lead, num_streams), dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return dots
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=True)
-    read_backward_kernel[(triton.cdiv(num_tokens, config.block_tokens),)](
+    read_backward_kernel[(cdiv(num_tokens, config.block_tokens),)](
         gu,
         x,
         dots,

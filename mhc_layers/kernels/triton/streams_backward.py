@@ -12,6 +12,7 @@ import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import (
     StreamsBackwardConfig,
+    cdiv,
     is_interpreting,
     next_power_of_2,
     num_sms,
@@ -139,12 +140,12 @@ def reduce_kernel(
     if pid == tl.num_programs(0) - 1:
         W: tl.constexpr = 2 * NP
         j = tl.arange(0, W)
-        total = tl.zeros((W,), tl.float32)
+        sums = tl.zeros((W,), tl.float32)
         for start in range(0, PROGRAMS, ROWS):
             row = start + tl.arange(0, ROWS)
             mask = (row < PROGRAMS)[:, None] & (j < NP + 3)[None, :]
-            total += tl.sum(tl.load(PARAMS + row[:, None] * (NP + 4) + j[None, :], mask=mask, other=0.0), axis=0)
-        tl.store(DPARAMS + j, total, mask=j < NP + 3)
+            sums += tl.sum(tl.load(PARAMS + row[:, None] * (NP + 4) + j[None, :], mask=mask, other=0.0), axis=0)
+        tl.store(DPARAMS + j, sums, mask=j < NP + 3)
     else:
         at = pid * BLOCK + tl.arange(0, BLOCK)
         mask = at < SIZE
@@ -167,18 +168,19 @@ def streams_backward(
     config: StreamsBackwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``dx [M, n, C]`` and ``dphi_slabs [S, N, K]`` fp32; ``g`` or ``gu`` may be None (term absent)."""
-    num_tokens, num_streams, dim = x.shape
+    num_streams, dim = x.shape[-2:]
     num_rows, k = phi.shape
+    num_tokens = x.numel() // k
     if config is None:
         config = streams_backward_config(num_tokens, num_streams, dim, x.element_size(), num_sms(x.device))
-    span = triton.cdiv(triton.cdiv(num_tokens, config.num_splits), config.block_tokens) * config.block_tokens
-    num_splits = triton.cdiv(num_tokens, span) if num_tokens else 0
+    span = cdiv(cdiv(num_tokens, config.num_splits), config.block_tokens) * config.block_tokens
+    num_splits = cdiv(num_tokens, span) if num_tokens else 0
     dx = torch.empty_like(x)
     slabs = torch.empty((num_splits, num_rows, k), dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return dx, slabs
     two_terms = x.dtype == torch.bfloat16
-    grid = (triton.cdiv(dim, config.block_channels) * (num_streams // config.group), num_splits)
+    grid = (cdiv(dim, config.block_channels) * (num_streams // config.group), num_splits)
     streams_backward_kernel[grid](
         x,
         x if g is None else g,
@@ -227,7 +229,7 @@ def reduce_slabs(
     dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
     dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
     block = 65536 if is_interpreting() else 1024
-    reduce_kernel[(triton.cdiv(num_rows * k, block) + 1,)](
+    reduce_kernel[(cdiv(num_rows * k, block) + 1,)](
         dphi_slabs,
         params,
         dphi,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_layers.kernels.triton.configs import RowConfig, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
 
 __all__ = ["write_forward"]
 
@@ -41,13 +41,14 @@ def write_forward(
     x: torch.Tensor, f: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | None = None
 ) -> torch.Tensor:
     """Return the next streams ``[M, n, C]`` of ``x [M, n, C]``, ``f [M, C]`` and ``coef [M, N]`` fp32."""
-    num_tokens, num_streams, dim = x.shape
+    num_streams, dim = x.shape[-2:]
+    num_tokens = x.numel() // (num_streams * dim)
     out = torch.empty_like(x)
     if num_tokens == 0:
         return out
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=False)
-    grid = (triton.cdiv(num_tokens, config.block_tokens) * triton.cdiv(dim, config.block_channels),)
+    grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
     write_forward_kernel[grid](
         x,
         f,

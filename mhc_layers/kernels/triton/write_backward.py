@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.options import SiteOptions
-from mhc_layers.kernels.triton.configs import RowConfig, lane_values, next_power_of_2, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, next_power_of_2, row_config
 
 __all__ = ["write_backward"]
 
@@ -22,7 +22,7 @@ def write_backward_kernel(
     X,
     F,
     PROJ,
-    ALPHA,
+    ALPHA_POST,
     BIAS,
     DF,
     DCOEF,
@@ -41,7 +41,7 @@ def write_backward_kernel(
     live = tok < M
     tok64 = tok.to(tl.int64)
     # h_post again from the kept projection (Eq. 18): cheaper than keeping the coefficients
-    alpha = tl.load(ALPHA + 1)
+    alpha = tl.load(ALPHA_POST)
     h = ()
     for o in tl.static_range(n):
         logit = alpha * tl.load(PROJ + tok64 * N + n + o, mask=live, other=0.0) + tl.load(BIAS + n + o)
@@ -85,26 +85,27 @@ def write_backward(
     x: torch.Tensor,
     f: torch.Tensor,
     proj: torch.Tensor,
-    alpha: torch.Tensor,
+    alpha_post: torch.Tensor,
     bias: torch.Tensor,
     options: SiteOptions,
     *,
     config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``df [M, C]`` and ``dcoef [M, N]`` fp32 (its h_pre columns are 0)."""
-    num_tokens, num_streams, dim = x.shape
+    num_streams, dim = x.shape[-2:]
+    num_tokens = x.numel() // (num_streams * dim)
     df = torch.empty_like(f)
     dcoef = torch.empty_like(proj)
     if num_tokens == 0:
         return df, dcoef
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=True)
-    write_backward_kernel[(triton.cdiv(num_tokens, config.block_tokens),)](
+    write_backward_kernel[(cdiv(num_tokens, config.block_tokens),)](
         g,
         x,
         f,
         proj,
-        alpha,
+        alpha_post,
         bias,
         df,
         dcoef,
