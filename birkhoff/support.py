@@ -167,7 +167,7 @@ def _on_unique(masks: np.ndarray) -> np.ndarray:
     """Total support of each pattern, each distinct pattern analysed once."""
     if masks.size == 0:
         return masks
-    packed = np.packbits(masks.reshape(len(masks), -1), axis=-1)
+    packed = np.ascontiguousarray(np.packbits(masks.reshape(len(masks), -1), axis=-1))
     keys = packed.view(np.dtype((np.void, packed.shape[-1]))).reshape(-1)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     kept = np.stack([_total_support(masks[index]) for index in first])
