@@ -86,14 +86,15 @@ def eq8_post(logits: Tensor, convention: Convention = PAPER) -> Tensor:
 def eq9_sinkhorn_knopp(logits: Tensor, num_iters: int = 20, first: str = "columns") -> Tensor:
     """Eq. 9 and 19: exponentiate, then ``num_iters`` times divide one side by its sums and then the other.
 
-    The maximum of the side that is divided first is subtracted, which that division cancels exactly.
+    Divisions are subtractions of logarithms, since ``exp(logits)`` may overflow; only the last one is a division.
     """
     axes = (-2, -1) if first == "columns" else (-1, -2)
-    matrix = torch.exp(logits - logits.amax(dim=axes[0], keepdim=True))
-    for _ in range(num_iters):
+    log_matrix = logits
+    for _ in range(num_iters - 1):
         for axis in axes:
-            matrix = matrix / matrix.sum(dim=axis, keepdim=True)
-    return matrix
+            log_matrix = log_matrix - torch.logsumexp(log_matrix, dim=axis, keepdim=True)
+    log_matrix = log_matrix - torch.logsumexp(log_matrix, dim=axes[0], keepdim=True)
+    return torch.softmax(log_matrix, dim=axes[1])
 
 
 def sinkhorn_damped(
