@@ -1,0 +1,41 @@
+"""Recipes: functions that return a full training configuration. The command line picks one and overrides a few fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mhc_layers.recipes.tiny import tiny_cpu
+from mhc_layers.training.config import TrainConfig
+
+__all__ = ["RECIPES", "get_recipe", "tiny_cpu"]
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny_cpu": tiny_cpu}
+"""Every recipe by its name."""
+
+
+def get_recipe(name: str) -> TrainConfig:
+    """Return the configuration of a recipe.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`RECIPES`.
+
+    Returns
+    -------
+    TrainConfig
+        Its full configuration.
+
+    Raises
+    ------
+    ValueError
+        If there is no such recipe; the message lists all.
+
+    Examples
+    --------
+    >>> get_recipe("tiny_cpu").model.connection
+    'mhc'
+    """
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]()

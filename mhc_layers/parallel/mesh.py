@@ -1,0 +1,160 @@
+"""How processes are arranged: one named axis per technique.
+
+"axis" is a direction of the mesh of processes, "dim" a dimension of a tensor. The axes are, from the slowest to the
+fastest varying rank: ``pipeline``, ``replicate``, ``shard``, ``tensor``; so that tensor-parallel neighbours are
+nearest, and pipeline stages, which talk least, are furthest apart.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+__all__ = ["AXES", "ParallelConfig", "World", "build_mesh", "join_processes", "leave_processes"]
+
+AXES = ("pipeline", "replicate", "shard", "tensor")
+"""Names of the mesh axes, slowest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work of a step is spread over processes and over memory.
+
+    Parameters
+    ----------
+    replicate : int
+        Processes that hold a full copy of their parameters and share the batch (DDP). 0 takes what the number of
+        processes leaves over.
+    shard : int
+        Processes that share the batch and the parameters (FSDP2).
+    tensor : int
+        Processes that share the heads and hidden units of each sublayer; streams are replicated among them.
+    pipeline : int
+        Pipeline stages; the n streams of a token cross each border.
+    micro_batches : int
+        Micro-batches of a pipelined step; 0 means twice the number of stages.
+    recompute : {"none", "auto"} or int
+        Layers of a recompute block: the layer's intermediates are dropped and rebuilt in the backward pass, F is not
+        run again. ``auto`` takes the argmin of the memory formula.
+
+    Raises
+    ------
+    ValueError
+        If an axis is smaller than 1 (0 for ``replicate``).
+    """
+
+    replicate: int = 0
+    shard: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    micro_batches: int = 0
+    recompute: Literal["none", "auto"] | int = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("shard", "tensor", "pipeline"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("replicate", "micro_batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be 0 (automatic) or more")
+        if isinstance(self.recompute, str):
+            if self.recompute not in ("none", "auto"):
+                raise ValueError(f"parallel.recompute is {self.recompute!r}; accepted are 'none', 'auto' and a number")
+        elif self.recompute < 1:
+            raise ValueError(f"parallel.recompute is {self.recompute}; a block has 1 layer or more")
+
+    def sizes(self, world_size: int) -> dict[str, int]:
+        """Return the size of each axis for a number of processes.
+
+        Raises
+        ------
+        ValueError
+            If the product of the axes is not the number of processes.
+
+        Examples
+        --------
+        >>> ParallelConfig(shard=2, tensor=2).sizes(8)
+        {'pipeline': 1, 'replicate': 2, 'shard': 2, 'tensor': 2}
+        """
+        fixed = self.shard * self.tensor * self.pipeline
+        replicate = self.replicate or max(1, world_size // fixed)
+        if replicate * fixed != world_size:
+            raise ValueError(
+                f"pipeline {self.pipeline} x replicate {replicate} x shard {self.shard} x tensor {self.tensor} = "
+                f"{replicate * fixed} processes, but {world_size} are running; start {replicate * fixed} with torchrun "
+                "--nproc-per-node, or change the axes"
+            )
+        return {"pipeline": self.pipeline, "replicate": replicate, "shard": self.shard, "tensor": self.tensor}
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all: rank, number of processes, and rank on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    owns_group: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes logs and reports."""
+        return self.rank == 0
+
+
+def join_processes(device_type: str, *, timeout: timedelta = timedelta(minutes=10)) -> World:
+    """Join the other processes that ``torchrun`` started; alone without it.
+
+    Parameters
+    ----------
+    device_type : str
+        "cuda" uses NCCL, everything else gloo.
+    timeout : datetime.timedelta
+        How long a process waits for the others.
+
+    Returns
+    -------
+    World
+        This process's place. ``owns_group`` says whether :func:`leave_processes` must end the group.
+    """
+    if dist.is_initialized():
+        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+        return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local)
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return World()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, owns_group=True)
+
+
+def leave_processes(world: World) -> None:
+    """Leave the group that :func:`join_processes` joined."""
+    if world.owns_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
+    """Arrange the processes of the running group.
+
+    Parameters
+    ----------
+    config : ParallelConfig
+        Sizes of the axes.
+    device_type : str
+        "cuda" or "cpu".
+
+    Returns
+    -------
+    torch.distributed.device_mesh.DeviceMesh
+        A mesh with the axes :data:`AXES`, those of size 1 included.
+    """
+    sizes = config.sizes(dist.get_world_size())
+    return init_device_mesh(device_type, tuple(sizes[axis] for axis in AXES), mesh_dim_names=AXES)

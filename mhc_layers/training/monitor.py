@@ -1,0 +1,375 @@
+"""Measures the connections of a live model: per site, over depth, and with a certificate.
+
+During a measured forward pass every site keeps a reference to its coefficients; nothing is copied to the host and
+nothing waits for the device. :meth:`Monitor.flush` copies a few tokens' coefficients at once and does the arithmetic
+in float64 on the CPU.
+
+Definitions. The *gain* of an operator is the absolute value of its (signed) sums: forward over rows, backward over
+columns, as in figure 8 of the mHC paper; a gain's least and largest value are both kept, because a small one hides in a
+maximum. *Prefix* composites multiply the sites from the first to site l, *suffix* composites from site l to the last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import birkhoff
+from mhc_layers.hyper_connection import CapturedCoefficients, capture_coefficients
+from mhc_layers.training.config import MonitorConfig
+
+__all__ = [
+    "Coefficients",
+    "CompositeCertificate",
+    "Measurement",
+    "Monitor",
+    "certify_composite",
+    "composites",
+    "measure",
+    "stream_statistics",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """The maps of S sites for T tokens, float64 on the CPU, and the streams around them.
+
+    Attributes
+    ----------
+    h_pre, h_post : numpy.ndarray
+        ``(S, T, n)``.
+    h_res : numpy.ndarray
+        ``(S, T, n, n)``, acting from the left.
+    logits : list of numpy.ndarray or None
+        Residual logits ``(T, k)`` of each site, None where a site has none.
+    streams : numpy.ndarray or None
+        Streams ``(S + 1, T, n, C)`` that enter each site, and those that leave the last one.
+    """
+
+    h_pre: np.ndarray
+    h_post: np.ndarray
+    h_res: np.ndarray
+    logits: list[np.ndarray | None] = field(default_factory=list)
+    streams: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositeCertificate:
+    """Rigorous bounds of the spectral norm of the whole depth's composite, the worst over the tokens looked at.
+
+    Attributes
+    ----------
+    norm2_lower, norm2_upper : float
+        Every token's composite has its norm below ``norm2_upper``; the largest of these norms is at least
+        ``norm2_lower``.
+    provenance : str
+        ``sampled``, because only some tokens are looked at (``exact`` and ``enclosure`` are about one token).
+    tokens, sites : int
+        Number of composites and of their factors.
+    absolute : bool
+        True if operators have negative entries (free Hyper-Connections); then the bound is that of the product of
+        absolute values, which is never smaller than the norm of the product.
+    """
+
+    norm2_lower: float
+    norm2_upper: float
+    provenance: str
+    tokens: int
+    sites: int
+    absolute: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one measured step said.
+
+    Attributes
+    ----------
+    step : int
+        Steps done when the forward pass began.
+    sites : dict of str to numpy.ndarray
+        One value per site, see :func:`measure`.
+    composite : dict of str to numpy.ndarray
+        One value per site of the prefix and suffix composites.
+    streams : dict of str to numpy.ndarray
+        One value per site and one after the last: effective number of streams, pairwise cosine, relative difference.
+    mean_h_res, mean_composite : numpy.ndarray
+        ``(S, n, n)`` averages over the tokens, for the heat maps.
+    certificate : CompositeCertificate or None
+        On steps that certify.
+    seconds : float
+        Time that the measurement took on the host.
+    """
+
+    step: int
+    sites: dict[str, np.ndarray]
+    composite: dict[str, np.ndarray]
+    streams: dict[str, np.ndarray]
+    mean_h_res: np.ndarray
+    mean_composite: np.ndarray
+    certificate: CompositeCertificate | None = None
+    seconds: float = 0.0
+
+    def to_log(self) -> dict[str, Any]:
+        """Return the values of a ``monitor`` line of the metrics file."""
+        merged: dict[str, Any] = {}
+        for group, values in (("site", self.sites), ("composite", self.composite), ("streams", self.streams)):
+            merged.update({f"{group}/{name}": np.round(value, 9) for name, value in values.items()})
+        merged["mean_h_res"] = np.round(self.mean_h_res, 6)
+        merged["mean_composite"] = np.round(self.mean_composite, 6)
+        return merged
+
+
+class Monitor:
+    """Measures a model every few steps.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The bare model (not its data-parallel wrapper).
+    config : MonitorConfig
+        Intervals and number of tokens.
+
+    Attributes
+    ----------
+    seconds : float
+        Host time spent in :meth:`flush` so far; divided by a run's time it is the monitor's cost.
+    """
+
+    def __init__(self, model: nn.Module, config: MonitorConfig) -> None:
+        self.model = model
+        self.config = config
+        self.seconds = 0.0
+        self._pending: tuple[int, CapturedCoefficients] | None = None
+        self._has_sites = bool(getattr(model, "sites", ()))
+
+    def due(self, step: int) -> bool:
+        """Say whether the forward pass of this step is measured."""
+        return self._has_sites and self.config.every > 0 and step % self.config.every == 0
+
+    @contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """Keep the coefficients of the forward pass inside, if this step is due; never waits for the device."""
+        if not self.due(step):
+            yield
+            return
+        with capture_coefficients(self.model) as captured:
+            yield
+        self._pending = (step, captured)
+
+    def flush(self) -> Measurement | None:
+        """Measure what :meth:`watch` kept; None if nothing is waiting."""
+        if self._pending is None:
+            return None
+        started = time.perf_counter()
+        (step, captured), self._pending = self._pending, None
+        coefficients = fetch(captured, tokens=self.config.tokens)
+        certify = self.config.certify_every > 0 and step % self.config.certify_every == 0
+        result = measure(coefficients, step=step, certify=certify)
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        return Measurement(**{**result.__dict__, "seconds": elapsed})
+
+
+def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
+    """Copy some tokens' coefficients of a captured forward pass to the CPU, in one transfer.
+
+    Parameters
+    ----------
+    captured : CapturedCoefficients
+        What :func:`mhc_layers.capture_coefficients` gave, after a forward pass.
+    tokens : int
+        Tokens to keep, spread evenly over the batch; all of them if there are fewer.
+    """
+    records, streams = list(captured), captured.streams
+    if captured.final_streams is not None:
+        streams = [*streams, captured.final_streams]
+    num_tokens = records[0].h_pre.shape[:-1].numel()
+    index = torch.linspace(0, num_tokens - 1, min(tokens, num_tokens), dtype=torch.float64).round().long()
+    index = index.to(records[0].h_pre.device)
+    with torch.no_grad():
+        groups = [
+            [record.h_pre.flatten(0, -2)[index] for record in records],
+            [record.h_post.flatten(0, -2)[index] for record in records],
+            [record.h_res.flatten(0, -3)[index] for record in records],
+            [x.flatten(0, -3)[index] for x in streams],
+        ]
+        groups.append([_residual_logits(site, x) for site, x in zip(captured.sites, groups[3], strict=False)])
+        parts = [part for group in groups for part in group]
+        flat = torch.cat([part.to(torch.float32).flatten() for part in parts]).cpu()
+    pieces = iter(flat.split([part.numel() for part in parts]))
+    arrays = [[next(pieces).view(part.shape).to(torch.float64).numpy() for part in group] for group in groups]
+    h_pre, h_post, h_res, x = (np.stack(group) for group in arrays[:4])
+    logits = [value if value.size else None for value in arrays[4]]
+    return Coefficients(h_pre=h_pre, h_post=h_post, h_res=h_res, streams=x, logits=logits)
+
+
+def measure(coefficients: Coefficients, *, step: int = 0, certify: bool = True) -> Measurement:
+    """Compute every number of a measurement.
+
+    Parameters
+    ----------
+    coefficients : Coefficients
+        Maps of S sites for T tokens.
+    step : int
+        Kept in the result.
+    certify : bool
+        Also certify the composite of all sites.
+
+    Returns
+    -------
+    Measurement
+        Per site: ``pre_min``, ``pre_mean``, ``pre_max``, the same of ``post``; ``row_error``, ``column_error`` (largest
+        distance of a sum from 1); ``forward_gain_min``, ``forward_gain_max``, ``backward_gain_min``,
+        ``backward_gain_max``; ``lambda2`` (second largest modulus of an eigenvalue, mean over tokens);
+        ``logit_range`` (largest minus smallest residual logit of a token, the largest over tokens); ``saturation``
+        (share of pre and post within 1 % of an end of their range); ``distance_identity``, ``distance_uniform``
+        (Frobenius distance to I and to J, mean over tokens). Over depth: ``prefix_*`` and ``suffix_*`` gains.
+    """
+    h_pre, h_post, h_res = coefficients.h_pre, coefficients.h_post, coefficients.h_res
+    n = h_res.shape[-1]
+    rows, columns = h_res.sum(-1), h_res.sum(-2)
+    eigenvalues = np.sort(np.abs(np.linalg.eigvals(h_res)), axis=-1)
+    gates = np.concatenate([h_pre, h_post / 2.0], axis=-1)
+    sites = {
+        **_extremes("pre", h_pre),
+        **_extremes("post", h_post),
+        "row_error": np.abs(rows - 1.0).max((1, 2)),
+        "column_error": np.abs(columns - 1.0).max((1, 2)),
+        **_gains("", h_res),
+        "lambda2": (eigenvalues[..., -2] if n > 1 else np.zeros(h_res.shape[:2])).mean(1),
+        "saturation": ((gates < 0.01) | (gates > 0.99)).mean((1, 2)),
+        "distance_identity": np.linalg.norm(h_res - np.eye(n), axis=(-2, -1)).mean(1),
+        "distance_uniform": np.linalg.norm(h_res - 1.0 / n, axis=(-2, -1)).mean(1),
+    }
+    if coefficients.logits and all(value is not None for value in coefficients.logits):
+        sites["logit_range"] = np.array([np.ptp(value, axis=-1).max() for value in coefficients.logits])
+    prefix, suffix = composites(h_res)
+    return Measurement(
+        step=step,
+        sites=sites,
+        composite={**_gains("prefix_", prefix), **_gains("suffix_", suffix)},
+        streams={} if coefficients.streams is None else stream_statistics(coefficients.streams),
+        mean_h_res=h_res.mean(1),
+        mean_composite=prefix[-1].mean(0),
+        certificate=certify_composite(h_res) if certify else None,
+    )
+
+
+def composites(h_res: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Multiply the operators of S sites ``(S, T, n, n)`` over depth.
+
+    Returns
+    -------
+    prefix, suffix : numpy.ndarray
+        ``prefix[l] = h_res[l] ... h_res[0]`` and ``suffix[l] = h_res[S-1] ... h_res[l]``, both ``(S, T, n, n)``.
+
+    Examples
+    --------
+    >>> h_res = np.stack([np.full((1, 2, 2), 0.5), np.eye(2)[None]])
+    >>> prefix, suffix = composites(h_res)
+    >>> prefix[1, 0].tolist(), suffix[1, 0].tolist()
+    ([[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]])
+    """
+    prefix, suffix = np.empty_like(h_res), np.empty_like(h_res)
+    prefix[0], suffix[-1] = h_res[0], h_res[-1]
+    for site in range(1, len(h_res)):
+        prefix[site] = h_res[site] @ prefix[site - 1]
+        suffix[-1 - site] = suffix[-site] @ h_res[-1 - site]
+    return prefix, suffix
+
+
+def certify_composite(h_res: np.ndarray) -> CompositeCertificate:
+    """Bound the spectral norm of the product of all sites' operators, for the worst of the given tokens.
+
+    Parameters
+    ----------
+    h_res : numpy.ndarray
+        ``(S, T, n, n)``, site 0 acting first.
+
+    Returns
+    -------
+    CompositeCertificate
+        From :func:`birkhoff.certify_product`; negative entries are replaced by their absolute values first, which can
+        only raise the upper bound (the lower bound is then 0).
+    """
+    absolute = bool((h_res < 0.0).any())
+    stack = np.ascontiguousarray(np.moveaxis(np.abs(h_res), 0, 1))  # (T, S, n, n), the first site acts first
+    certificate = birkhoff.certify_product(stack)
+    return CompositeCertificate(
+        norm2_lower=0.0 if absolute else float(np.max(certificate.norm2_lower)),
+        norm2_upper=float(np.max(certificate.norm2_upper)),
+        provenance="sampled",
+        tokens=h_res.shape[1],
+        sites=h_res.shape[0],
+        absolute=absolute,
+    )
+
+
+def stream_statistics(streams: np.ndarray) -> dict[str, np.ndarray]:
+    """Say how different the streams are.
+
+    Parameters
+    ----------
+    streams : numpy.ndarray
+        ``(L, T, n, C)`` at L depths.
+
+    Returns
+    -------
+    dict
+        One value per depth, means over tokens: ``effective_streams`` (exponential of the entropy of the normalised
+        squared singular values of the n x C matrix; 1 if all streams are parallel), ``cosine_mean`` and
+        ``cosine_min`` (over pairs of streams), ``difference`` (norm of the streams minus their mean, relative to the
+        norm of the streams; 0 if all streams are equal).
+    """
+    n = streams.shape[-2]
+    gram = streams @ streams.swapaxes(-1, -2)
+    energy = np.clip(np.linalg.eigvalsh(gram), 0.0, None)
+    share = energy / np.maximum(energy.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
+    entropy = -(share * np.log(np.maximum(share, np.finfo(np.float64).tiny))).sum(-1)
+    norms = np.sqrt(np.maximum(np.diagonal(gram, axis1=-2, axis2=-1), np.finfo(np.float64).tiny))
+    cosine = gram / (norms[..., :, None] * norms[..., None, :])
+    pairs = cosine[..., *np.triu_indices(n, 1)] if n > 1 else np.ones((*cosine.shape[:-2], 1))
+    centred = streams - streams.mean(-2, keepdims=True)
+    total = np.maximum(np.linalg.norm(streams, axis=(-2, -1)), np.finfo(np.float64).tiny)
+    return {
+        "effective_streams": np.exp(entropy).mean(1),
+        "cosine_mean": pairs.mean((-1, 1)),
+        "cosine_min": pairs.min(-1).mean(1),
+        "difference": (np.linalg.norm(centred, axis=(-2, -1)) / total).mean(1),
+    }
+
+
+def _residual_logits(site: Any, x: Tensor) -> Tensor:
+    """Residual logits ``(T, k)`` of a site for streams ``(T, n, C)``; empty where its maps are free."""
+    if site.connection not in ("mhc", "mhc_static"):
+        return x.new_empty(0)
+    logits = site.logits(x)[1]
+    return logits.reshape(len(x), -1)
+
+
+def _extremes(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Least, mean and largest value of ``(S, T, n)`` per site."""
+    return {
+        f"{name}_min": values.min((1, 2)),
+        f"{name}_mean": values.mean((1, 2)),
+        f"{name}_max": values.max((1, 2)),
+    }
+
+
+def _gains(prefix: str, matrices: np.ndarray) -> dict[str, np.ndarray]:
+    """Least and largest absolute row sum (forward) and column sum (backward) per site."""
+    forward, backward = np.abs(matrices.sum(-1)), np.abs(matrices.sum(-2))
+    return {
+        f"{prefix}forward_gain_min": forward.min((1, 2)),
+        f"{prefix}forward_gain_max": forward.max((1, 2)),
+        f"{prefix}backward_gain_min": backward.min((1, 2)),
+        f"{prefix}backward_gain_max": backward.max((1, 2)),
+    }
