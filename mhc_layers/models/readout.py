@@ -42,7 +42,12 @@ class LearnedReadout(KeepsFloat32):
 
     def __init__(self, num_streams: int) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(num_streams))
+        self.logits = nn.Parameter(torch.empty(num_streams))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the mean."""
+        nn.init.zeros_(self.logits)
 
     def forward(self, x: Tensor, last_pre: Tensor | None = None) -> Tensor:
         return functional.collapse_streams(x, torch.softmax(self.logits, dim=0))
@@ -71,10 +76,17 @@ class HyperHead(KeepsFloat32):
     def __init__(self, dim: int, num_streams: int, convention: Convention) -> None:
         super().__init__()
         self.convention = convention
-        weight = min(1.0 / num_streams, 1.0 - 2.0**-7) - convention.eps_pre
-        self.fn = nn.Parameter(torch.zeros(num_streams, num_streams * dim))
-        self.base = nn.Parameter(torch.full((num_streams,), math.log(weight / (1.0 - weight))))
-        self.scale = nn.Parameter(torch.full((1,), 0.01))
+        self.fn = nn.Parameter(torch.empty(num_streams, num_streams * dim))
+        self.base = nn.Parameter(torch.empty(num_streams))
+        self.scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the mean, or for one stream just below it, since a sigmoid does not reach 1."""
+        weight = min(1.0 / self.base.numel(), 1.0 - 2.0**-7) - self.convention.eps_pre
+        nn.init.zeros_(self.fn)
+        nn.init.constant_(self.base, math.log(weight / (1.0 - weight)))
+        nn.init.constant_(self.scale, 0.01)
 
     def forward(self, x: Tensor, last_pre: Tensor | None = None) -> Tensor:
         weights = functional.hc_head_weights(x, self.fn, self.base, self.scale, self.convention)
