@@ -130,8 +130,6 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -142,6 +140,8 @@ class Transformer(nn.Module):
                 module.weight.normal_(std=std * depth if name.endswith(".output") else std)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens ``(B, T)`` to streams ``(B, T, n, C)``, all equal; in autocast they have its dtype."""
