@@ -134,14 +134,14 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter and table; needed again after ``to_empty`` from the meta device."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
         std, depth = self.config.init_std, (2 * self.config.num_layers) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(std=std * depth if name.endswith(".output") else std)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        if self.config.tie_embeddings:
-            self.head.weight = self.embedding.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens ``(B, T)`` to streams ``(B, T, n, C)``, all equal; in autocast they have its dtype."""
