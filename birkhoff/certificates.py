@@ -290,7 +290,7 @@ def _certify(layers: list[Any], num_steps: int, num_samples: int | None) -> Cert
         batch, count = (num_samples,), num_samples
     block = _BLOCK_ENTRIES.get(_xp.device_kind(layers[0]), 2**20)
     size = max(1, block // (len(layers) * n * n))
-    with _xp.quiet():
+    with _xp.quiet(layers[0]):
         parts = [
             _bounds(_Product(xp, [layer[start : min(start + size, count), :, :] for layer in layers], block), num_steps)
             for start in range(0, max(count, 1), size)
