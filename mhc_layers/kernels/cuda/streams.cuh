@@ -69,6 +69,14 @@ template <int COUNT> DEVICE void load_floats(float* v, const float* phi, int j, 
   }
 }
 
+// four 8 x 8 matrices of bf16: lane 8 m + r gives the address of row r of matrix m, 16 bytes; lane 4p + q receives
+// columns 2q, 2q + 1 of row p of each
+DEVICE void load_matrices(u32* words, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(row)) : "memory");
+}
+
 // d += a b on the tensor core: a is 16 x 16 (or 16 x 8), b is 16 x 8 (8 x 8), bf16 in, fp32 out.
 // Lane l = 4p + q holds a[p | p+8][2q, 2q+1 | 2q+8, 2q+9], b[2q, 2q+1 | 2q+8, 2q+9][p], d[p | p+8][2q, 2q+1].
 DEVICE void mma16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

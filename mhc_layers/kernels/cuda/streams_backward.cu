@@ -23,9 +23,10 @@ constexpr int MT = n <= 4 ? 2 : 1;                     // 16-channel tensor-core
 constexpr int WARP_C = 16 * MT, BLOCK_C = WARPS * WARP_C;
 constexpr int STAGES = CHAIN || n > 4 ? 2 : 3;
 constexpr int ROW = 2 * BLOCK_C, PITCH = ROW + 16;     // bytes; the padding makes the lanes' reads free of conflicts
-constexpr int SEGMENT = TOKENS * PITCH;                // one stream of one tile
+constexpr int SEGMENT = TOKENS * PITCH + 32;           // one stream of one tile
 constexpr int SEGMENTS = 2 * n + 1 + (CHAIN ? n + 1 : 0);  // x[n] | g[n] | du | y[n] | f
-constexpr int DOTS = n + n * n, DOTS_PADDED = (DOTS + 7) / 8 * 8;
+constexpr int AT_G = n, AT_DU = 2 * n, AT_Y = 2 * n + 1, AT_F = 3 * n + 1;
+constexpr int DOTS = n * (n + 1);                      // <dx[o], y[i]> and, in the last column, <dx[o], f>
 constexpr int P = MIX_COLUMNS, NP = DZ_COLUMNS;        // padded widths of mix and dz
 // a token's numbers in shared memory, in words: mix | dz high | dz low | proj of post
 constexpr int AT_DZ = n * P, AT_POST = AT_DZ + NP, NUMBERS = AT_POST + (CHAIN ? n : 0);
@@ -33,7 +34,7 @@ constexpr int NUMBERS_PITCH = (NUMBERS + 11) / 16 * 16 + 4;  // 4 mod 16: neighb
 constexpr int STAGE = SEGMENTS * SEGMENT + TOKENS * NUMBERS_PITCH * 4;
 constexpr int PHI_WORDS = WARPS * n * MT * JT * 32;    // of uint2, for one of phi's two terms
 constexpr int PHI_BYTES = 2 * PHI_WORDS * 8;
-static_assert(SHARED_BYTES == PHI_BYTES + STAGES * STAGE + (CHAIN ? WARPS * TOKENS * DOTS_PADDED * 4 : 0),
+static_assert(SHARED_BYTES == PHI_BYTES + STAGES * STAGE + (CHAIN ? WARPS * TOKENS * DOTS * 4 : 0),
               "the launcher asks for the layout's bytes");
 static_assert(SHARED_BYTES <= 232448, "tiles and phi must fit in a multiprocessor's shared memory");
 
@@ -65,23 +66,21 @@ DEVICE void load_phi(const float* phi, uint2* terms, int channel0) {
     }
 }
 
-DEVICE void load_tile(unsigned char* stage, const Inputs& in, i64 token0, int M, int channel0) {
+// What a tile needs until its end: x, and y and f; and the numbers of its tokens
+DEVICE void load_late(unsigned char* stage, const Inputs& in, i64 token0, int M, int channel0) {
   constexpr int PIECES = BLOCK_C / VEC;
 #pragma unroll
   for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
-    int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
-    i64 token = token0 + row;
-    bool valid = token < M && channel < C;
+    const int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
+    const i64 token = token0 + row, streams = token * K + channel;
+    const bool valid = token < M && channel < C;
     unsigned char* to = stage + row * PITCH + at % PIECES * VEC * 2;
-    const i64 streams = token * K + channel, single = token * C + channel;
 #pragma unroll
     for (int i = 0; i < n; i++) {
       copy_async<2 * VEC>(to + i * SEGMENT, in.x + streams + i * C, valid);
-      copy_async<2 * VEC>(to + (n + i) * SEGMENT, in.g + streams + i * C, valid);
-      if (CHAIN) copy_async<2 * VEC>(to + (2 * n + 1 + i) * SEGMENT, in.y + streams + i * C, valid);
+      if (CHAIN) copy_async<2 * VEC>(to + (AT_Y + i) * SEGMENT, in.y + streams + i * C, valid);
     }
-    copy_async<2 * VEC>(to + 2 * n * SEGMENT, in.du + single, valid);
-    if (CHAIN) copy_async<2 * VEC>(to + (3 * n + 1) * SEGMENT, in.f + single, valid);
+    if (CHAIN) copy_async<2 * VEC>(to + AT_F * SEGMENT, in.f + token * C + channel, valid);
   }
   u32* numbers = (u32*)(stage + SEGMENTS * SEGMENT);
   constexpr int MIX_PIECES = n * P / 4, NUMBER_PIECES = MIX_PIECES + NP / 4;
@@ -98,6 +97,22 @@ DEVICE void load_tile(unsigned char* stage, const Inputs& in, i64 token0, int M,
   }
 }
 
+// What a tile moves to registers at once, so that the place is free again: g and du
+DEVICE void load_early(unsigned char* stage, const Inputs& in, i64 token0, int M, int channel0) {
+  constexpr int PIECES = BLOCK_C / VEC;
+#pragma unroll
+  for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
+    const int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
+    const i64 token = token0 + row;
+    const bool valid = token < M && channel < C;
+    unsigned char* to = stage + row * PITCH + at % PIECES * VEC * 2;
+#pragma unroll
+    for (int o = 0; o < n; o++)
+      copy_async<2 * VEC>(to + (AT_G + o) * SEGMENT, in.g + token * K + o * C + channel, valid);
+    copy_async<2 * VEC>(to + AT_DU * SEGMENT, in.du + token * C + channel, valid);
+  }
+}
+
 DEVICE void store_streams(const unsigned char* stage, u16* dx, u16* df, i64 token0, int M, int channel0) {
   constexpr int PIECES = BLOCK_C / VEC;
 #pragma unroll
@@ -108,7 +123,7 @@ DEVICE void store_streams(const unsigned char* stage, u16* dx, u16* df, i64 toke
       const unsigned char* from = stage + row * PITCH + at % PIECES * VEC * 2;
 #pragma unroll
       for (int i = 0; i < n; i++) store_row(dx + token * K + i * C + channel, from + i * SEGMENT);
-      if (CHAIN) store_row(df + token * C + channel, from + (3 * n + 1) * SEGMENT);
+      if (CHAIN) store_row(df + token * C + channel, from + AT_F * SEGMENT);
     }
   }
 }
@@ -126,66 +141,62 @@ DEVICE void write_words(unsigned char* to, const u32* words) {
   else *(u32*)to = words[0];
 }
 
-// Sum V values over the eight lanes of one token pair (lane bits 2-4). Each step halves what a lane keeps, so that
-// lane p ends with the totals of values [first, first + V/8); returns first.
-template <int V> DEVICE int sum_over_channels(float* v, int lane) {
-  int first = 0;
-#pragma unroll
-  for (int step = 0; step < 3; step++) {
-    const int half = V >> (step + 1);
-    const bool upper = lane & (4 << step);
-#pragma unroll
-    for (int k = 0; k < V / 2; k++)
-      if (k < half) {
-        float send = upper ? v[k] : v[k + half], keep = upper ? v[k + half] : v[k];
-        v[k] = keep + __shfl_xor_sync(~0u, send, 4 << step);
-      }
-    first += upper ? half : 0;
+// Eq. 16 and 18 for the tile's tokens, in place of the projections
+DEVICE void make_h_post(float* numbers, float alpha, const float* bias, float multiplier) {
+  if (threadIdx.x < TOKENS * n) {
+    const int row = threadIdx.x / n, o = threadIdx.x % n;
+    float* at = numbers + row * NUMBERS_PITCH + AT_POST + o;
+    *at = multiplier / (1.f + __expf(-fmaf(alpha, *at, __ldg(bias + n + o))));
   }
-  return first;
 }
 
-struct Mixing {
-  float alpha, multiplier, bias[n];
-};
-
-// dots and df of the site before, from dx (bf16, as stored) of two tokens; see the top
-DEVICE void chain(unsigned char* mine, const float* numbers, const Mixing& post, const u32 (*dx)[2][MT], float* partial,
-                  int lane) {
-  const int q = lane & 3;
+// df of the site before, from dx (bf16, as stored) of the lane's two tokens and channels
+DEVICE void write_df(unsigned char* mine, const float* numbers, const u32 (*dx)[2][MT], int q) {
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    float dots[DOTS_PADDED];
-#pragma unroll
-    for (int k = 0; k < DOTS_PADDED; k++) dots[k] = 0.f;
-    unsigned char* at = mine + e * PITCH;
-    float h_post[n];  // Eq. 16 and 18
-#pragma unroll
-    for (int o = 0; o < n; o++)
-      h_post[o] = post.multiplier /
-                  (1.f + __expf(-fmaf(post.alpha, numbers[(2 * q + e) * NUMBERS_PITCH + AT_POST + o], post.bias[o])));
-    u32 f[MT], df[MT], y[n][MT];
-    read_words(f, at + (3 * n + 1) * SEGMENT);
-#pragma unroll
-    for (int i = 0; i < n; i++) read_words(y[i], at + (2 * n + 1 + i) * SEGMENT);
+    const float* h_post = numbers + (2 * q + e) * NUMBERS_PITCH + AT_POST;
+    u32 df[MT];
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
-      float sum_l = 0.f, sum_h = 0.f;
+      float l = 0.f, h = 0.f;
 #pragma unroll
-      for (int o = 0; o < n; o++) {
-        const float l = low(dx[o][e][mt]), h = high(dx[o][e][mt]);
-        sum_l = fmaf(h_post[o], l, sum_l), sum_h = fmaf(h_post[o], h, sum_h);
-        dots[o] = fmaf(h, high(f[mt]), fmaf(l, low(f[mt]), dots[o]));
-#pragma unroll
-        for (int i = 0; i < n; i++)
-          dots[n + o * n + i] = fmaf(h, high(y[i][mt]), fmaf(l, low(y[i][mt]), dots[n + o * n + i]));
-      }
-      df[mt] = pack(sum_l, sum_h);
+      for (int o = 0; o < n; o++)
+        l = fmaf(h_post[o], low(dx[o][e][mt]), l), h = fmaf(h_post[o], high(dx[o][e][mt]), h);
+      df[mt] = pack(l, h);
     }
-    write_words(at + (3 * n + 1) * SEGMENT, df);
-    const int first = sum_over_channels<DOTS_PADDED>(dots, lane);
+    write_words(mine + AT_F * SEGMENT + e * PITCH, df);
+  }
+}
+
+// The inner products of a warp's channels. For four tokens at once the left operand's rows are (token, o), read from dx
+// in shared memory; the right operand's columns are one token's y[0..n-1] and f, so that token's four rows hold its dots.
+DEVICE void write_dots(const unsigned char* stage, float* partial, int warp, int lane) {
+  const int q = lane & 3, p = lane >> 2, matrix = lane >> 3, row = lane & 7;
 #pragma unroll
-    for (int k = 0; k < DOTS_PADDED / 8; k++) partial[(2 * q + e) * DOTS_PADDED + first + k] = dots[k];
+  for (int group = 0; group < TOKENS / 4; group++) {
+    // matrices: rows 0-7 | 8-15, first 8 channels | next 8
+    const int a_row = row + (matrix & 1) * 8, o = min(a_row & 3, n - 1), i = min(row, n);
+    const unsigned char* a_from =
+        stage + o * SEGMENT + (4 * group + (a_row >> 2)) * PITCH + warp * WARP_C * 2 + (matrix >> 1) * 16;
+    u32 a[WARP_C / 16][4];
+#pragma unroll
+    for (int step = 0; step < WARP_C / 16; step++) load_matrices(a[step], a_from + step * 32);
+#pragma unroll
+    for (int token = 0; token < 4; token++) {
+      u32 b[4];  // both k-steps of this token: 8 channels a matrix
+      load_matrices(b, stage + (AT_Y + i) * SEGMENT + (4 * group + token) * PITCH + warp * WARP_C * 2 + matrix * 16);
+      float d[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int step = 0; step < WARP_C / 16; step++)
+        mma16(d, a[step][0], a[step][1], a[step][2], a[step][3], b[2 * step], b[2 * step + 1]);
+      // rows 4 token .. 4 token + 3: lanes with p / 4 == token % 2, in the upper or lower half of d
+      const int out = p & 3;
+      if ((p >> 2) == (token & 1) && out < n) {
+        float* to = partial + (4 * group + token) * DOTS + out * (n + 1) + 2 * q;
+        if (2 * q <= n) to[0] = d[token & 2];
+        if (2 * q + 1 <= n) to[1] = d[(token & 2) + 1];
+      }
+    }
   }
 }
 
@@ -204,18 +215,19 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
   const i64 tile0 = tiles * blockIdx.y / gridDim.y;
   const int count = (int)(tiles * (blockIdx.y + 1) / gridDim.y - tile0);
 
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) {
-    if (s < count) load_tile(stages + s * STAGE, in, (tile0 + s) * TOKENS, M, channel0);
+  auto early = [&](int it) {
+    if (it < count) load_early(stages + it % STAGES * STAGE, in, (tile0 + it) * TOKENS, M, channel0);
     copies_commit();
-  }
-  load_phi(phi, terms, channel0);
-  Mixing post;
-  if (CHAIN) {
-    post.alpha = __ldg(alpha_post), post.multiplier = post_multiplier;
+  };
+  auto late = [&](int it) {
+    if (it < count) load_late(stages + it % STAGES * STAGE, in, (tile0 + it) * TOKENS, M, channel0);
+    copies_commit();
+  };
+  early(0);
 #pragma unroll
-    for (int o = 0; o < n; o++) post.bias[o] = __ldg(bias + n + o);
-  }
+  for (int it = 0; it < STAGES - 1; it++) late(it), early(it + 1);
+  load_phi(phi, terms, channel0);
+  const float alpha = CHAIN ? __ldg(alpha_post) : 0.f;
   float dphi[n][MT][JT][4];
 #pragma unroll
   for (int k = 0; k < n * MT * JT * 4; k++) (&dphi[0][0][0][0])[k] = 0.f;
@@ -224,14 +236,21 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
 
   for (int it = 0; it < count; it++) {
     unsigned char* stage = stages + it % STAGES * STAGE;
-    copies_wait<STAGES - 2>();
+    copies_wait<2 * STAGES - 3>();  // this tile has arrived
     __syncthreads();
-    if (it + STAGES - 1 < count)
-      load_tile(stages + (it + STAGES - 1) % STAGES * STAGE, in, (tile0 + it + STAGES - 1) * TOKENS, M, channel0);
-    copies_commit();
-
+    late(it + STAGES - 1);
     unsigned char* mine = stage + 2 * q * PITCH + warp * WARP_C * 2 + p * 4 * MT;  // token 2q; the next row is 2q + 1
-    const float* numbers = (const float*)(stage + SEGMENTS * SEGMENT);
+    float* numbers = (float*)(stage + SEGMENTS * SEGMENT);
+    u32 gw[n][2][MT], uw[2][MT], out[n][2][MT];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      read_words(uw[e], mine + AT_DU * SEGMENT + e * PITCH);
+#pragma unroll
+      for (int o = 0; o < n; o++) read_words(gw[o][e], mine + (AT_G + o) * SEGMENT + e * PITCH);
+    }
+    if (CHAIN) make_h_post(numbers, alpha, bias, post_multiplier);
+    __syncthreads();
+    early(it + STAGES);
     // dz as the right operand of phi dz (token p, coefficients 2q) and of x^T dz (tokens 2q, coefficient p)
     u32 z_hi[JT], z_lo[JT], t_hi[JT], t_lo[JT];
     const u32* z = (const u32*)numbers + p * NUMBERS_PITCH + AT_DZ + q;
@@ -241,13 +260,6 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
       z_hi[jt] = z[4 * jt], z_lo[jt] = z[NP / 2 + 4 * jt];
       t_hi[jt] = t[8 * jt] | (u32)t[8 * jt + 2 * NUMBERS_PITCH] << 16;
       t_lo[jt] = t[8 * jt + NP] | (u32)t[8 * jt + NP + 2 * NUMBERS_PITCH] << 16;
-    }
-    u32 gw[n][2][MT], uw[2][MT], out[n][2][MT];
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      read_words(uw[e], mine + 2 * n * SEGMENT + e * PITCH);
-#pragma unroll
-      for (int o = 0; o < n; o++) read_words(gw[o][e], mine + (n + o) * SEGMENT + e * PITCH);
     }
 #pragma unroll
     for (int i = 0; i < n; i++) {
@@ -299,7 +311,12 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
         for (int jt = 0; jt < JT; jt++) mma16(dphi[i][mt][jt], a0, a1, a0, a1, t_hi[jt], t_lo[jt]);
       }
     }
-    if (CHAIN) chain(mine, numbers, post, out, partials + warp * TOKENS * DOTS_PADDED, lane);
+    if (CHAIN) {
+      __syncwarp();
+      write_dots(stage, partials + warp * TOKENS * DOTS, warp, lane);
+      __syncwarp();
+      write_df(mine, numbers, out, q);
+    }
     __syncthreads();
     const i64 token0 = (tile0 + it) * TOKENS;
     store_streams(stage, dx, df, token0, M, channel0);
@@ -308,7 +325,7 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
         const int row = at / DOTS, k = at % DOTS;
         float total = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) total += partials[(w * TOKENS + row) * DOTS_PADDED + k];
+        for (int w = 0; w < WARPS; w++) total += partials[(w * TOKENS + row) * DOTS + k];
         if (token0 + row < M) dots_slabs[((i64)blockIdx.x * M + token0 + row) * DOTS + k] = total;
       }
     }
@@ -345,11 +362,12 @@ extern "C" __global__ void __launch_bounds__(256) sum_dots_kernel(const float* d
   const i64 k = (i64)blockIdx.x * 256 + threadIdx.x;
   if (k >= (i64)M * N) return;
   const i64 token = k / N;
-  const int column = (int)(k % N) - n;
+  const int column = (int)(k % N), res = column - 2 * n;
+  const int dot = res < 0 ? (column - n) * (n + 1) + n : res / n * (n + 1) + res % n;
   float total = 0.f;
-  if (column >= 0) {
+  if (column >= n) {
 #pragma unroll 4
-    for (int s = 0; s < count; s++) total += __ldcs(dots_slabs + ((i64)s * M + token) * DOTS + column);
+    for (int s = 0; s < count; s++) total += __ldcs(dots_slabs + ((i64)s * M + token) * DOTS + dot);
   }
   dcoef[k] = total;
 }

@@ -43,8 +43,8 @@ def _geometry(num_streams: int, num_mix: int, num_dz: int, chained: bool) -> tup
     stages = 2 if chained or n > 4 else 3
     segments = 2 * n + 1 + (n + 1 if chained else 0)
     numbers = n * num_mix + num_dz + (n if chained else 0)
-    stage = segments * _TOKENS * (2 * block_c + 16) + _TOKENS * 4 * ((numbers + 11) // 16 * 16 + 4)
-    dots = -(-(n + n * n) // 8) * 8
+    stage = segments * (_TOKENS * (2 * block_c + 16) + 32) + _TOKENS * 4 * ((numbers + 11) // 16 * 16 + 4)
+    dots = n * (n + 1)
     phi = 2 * _WARPS * n * mt * jt * 32 * 8
     return block_c, phi + stages * stage + (_WARPS * _TOKENS * dots * 4 if chained else 0)
 
