@@ -9,7 +9,8 @@
 //   THREADS, BLOCKS   launch bounds;  PAIRS_A, PAIRS_B   how many pairs of sums share a reciprocal in each half step
 //
 // Columns first, K = exp(X - column max), b_0 = 1:   a_t = 1 / (K^T b_{t-1}),  b_t = 1 / (K a_t),  P = diag(b_T) K diag(a_T).
-// A matrix with an entry below 2^-60 (double: 2^-480) of its column's largest is computed again on logarithms.
+// Two sums share a reciprocal where no entry is below 2^-60 of its column's largest, so that their product is safe (double:
+// 2^-480). Down to 2^-100 (2^-900) each sum has its own. A matrix beyond that is computed again on logarithms.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -18,10 +19,10 @@ typedef long long i64;
 #if ELEMENT == 3
 typedef double real;
 typedef double element;
-#define WIDE_BELOW (-480.0)
+constexpr double PAIRED_TO = -480, LINEAR_TO = -900;
 #else
 typedef float real;
-#define WIDE_BELOW (-60.0f)
+constexpr float PAIRED_TO = -60, LINEAR_TO = -100;
 #if ELEMENT == 0
 typedef float element;
 #else
@@ -159,7 +160,8 @@ INLINE void exponents(real (&e)[B * B], real range_cap, Place at) {
   }
 }
 
-INLINE bool lane_is_wide(const real (&e)[B * B], Place at) {
+// The lowest exponent of the lane's matrix.
+INLINE real lowest(const real (&e)[B * B], Place at) {
   real low = 0;
 #pragma unroll
   for (int i = 0; i < B; i++)
@@ -167,8 +169,7 @@ INLINE bool lane_is_wide(const real (&e)[B * B], Place at) {
     for (int j = 0; j < B; j++)
       if (!PADDED || (at.row * B + i < N && at.column * B + j < N)) low = smaller(low, e[i * B + j]);
   low = -max_over<1>(-low);
-  if (G > 1) low = -max_over<G>(-low);
-  return low < (real)WIDE_BELOW;
+  return G > 1 ? -max_over<G>(-low) : low;
 }
 
 // K = 2^e; for the damped recurrence softmax + eps_start, with the softmax kept in `soft`.
@@ -203,17 +204,17 @@ INLINE void damp(real (&s)[B], const real (&before)[B], real eps, int line) {
     s[k] = before[k] * approximate_reciprocal(total);
   }
 }
-INLINE void column_step(const real (&m)[B * B], const real (&b)[B], real (&a)[B], real eps, Place at) {
+template <int PAIRS> INLINE void column_step(const real (&m)[B * B], const real (&b)[B], real (&a)[B], real eps, Place at) {
   real s[B];
   column_sums(m, b, s);
-  if (DAMPED) damp(s, a, eps, at.column); else invert<PAIRS_A>(s, at.column);
+  if (DAMPED) damp(s, a, eps, at.column); else invert<PAIRS>(s, at.column);
 #pragma unroll
   for (int k = 0; k < B; k++) a[k] = s[k];
 }
-INLINE void row_step(const real (&m)[B * B], const real (&a)[B], real (&b)[B], real eps, Place at) {
+template <int PAIRS> INLINE void row_step(const real (&m)[B * B], const real (&a)[B], real (&b)[B], real eps, Place at) {
   real s[B];
   row_sums(m, a, s);
-  if (DAMPED) damp(s, b, eps, at.row); else invert<PAIRS_B>(s, at.row);
+  if (DAMPED) damp(s, b, eps, at.row); else invert<PAIRS>(s, at.row);
 #pragma unroll
   for (int k = 0; k < B; k++) b[k] = s[k];
 }
@@ -221,7 +222,7 @@ INLINE void row_step(const real (&m)[B * B], const real (&a)[B], real (&b)[B], r
 INLINE void begin(const real (&m)[B * B], real (&a)[B], real (&b)[B], real eps, Place at) {
 #pragma unroll
   for (int k = 0; k < B; k++) a[k] = b[k] = 1;
-  if (DAMPED) row_step(m, a, b, eps, at);
+  if (DAMPED) row_step<0>(m, a, b, eps, at);
 }
 
 // m over its row sums, which are then one within N + 1 roundings; a row of zeros stays.
@@ -418,23 +419,37 @@ SLOW void forward_on_logarithms(const element* logits, element* target, i64 matr
   if (wide) write_block(target, matrix, batch, at, e);
 }
 
-INLINE void iterate(real (&m)[B * B], int num_iters, real eps_start, real eps_den, Place at) {
-  real a[B], b[B];
-  start(m, eps_start, at);
-  begin(m, a, b, eps_den, at);
+// Column scalings of the last iteration (damped: both scalings).
+template <int IN_COLUMNS, int IN_ROWS>
+INLINE void scalings(const real (&m)[B * B], real (&a)[B], real (&b)[B], int num_iters, real eps, Place at) {
+  begin(m, a, b, eps, at);
 #pragma unroll UNROLL
   for (int t = 1; t < num_iters; t++) {
-    column_step(m, b, a, eps_den, at);
-    row_step(m, a, b, eps_den, at);
+    column_step<IN_COLUMNS>(m, b, a, eps, at);
+    row_step<IN_ROWS>(m, a, b, eps, at);
   }
-  if (!DAMPED) {  // the last half step divides the matrix itself, so that its sums are exact
-    column_step(m, b, a, eps_den, at);
+  if (!DAMPED) column_step<IN_COLUMNS>(m, b, a, eps, at);
+}
+
+// Exponents to the result, for every matrix whose exponents are at least LINEAR_TO.
+INLINE void iterate(real (&m)[B * B], real low, int num_iters, real eps_start, real eps_den, Place at) {
+  real a[B], b[B];
+  start(m, eps_start, at);
+  bool narrow_range = low >= PAIRED_TO;
+  if (DAMPED || __any_sync(~0u, narrow_range)) scalings<PAIRS_A, PAIRS_B>(m, a, b, num_iters, eps_den, at);
+  if (!DAMPED && PAIRS_A + PAIRS_B > 0 && __any_sync(~0u, !narrow_range && low >= LINEAR_TO)) {
+    real a1[B], b1[B];
+    scalings<0, 0>(m, a1, b1, num_iters, eps_den, at);
+#pragma unroll
+    for (int k = 0; k < B; k++) a[k] = narrow_range ? a[k] : a1[k];
+  }
+  if (DAMPED) {
+#pragma unroll
+    for (int k = 0; k < B * B; k++) m[k] *= a[k % B] * b[k / B];
+  } else {  // the last half step divides the matrix itself, so that its sums are exact
 #pragma unroll
     for (int k = 0; k < B * B; k++) m[k] *= a[k % B];
     divide_rows(m);
-  } else {
-#pragma unroll
-    for (int k = 0; k < B * B; k++) m[k] *= a[k % B] * b[k / B];
   }
 }
 
@@ -455,8 +470,9 @@ sinkhorn_forward(const element* __restrict__ logits, element* __restrict__ matri
       __syncwarp();
       if ((tile + step) * 32 < batch) fetch_tile(in, logits, (tile + step) * 32, batch);
       exponents(m, range_cap, at);
-      bool wide = !DAMPED && lane_is_wide(m, at);
-      iterate(m, num_iters, eps_start, eps_den, at);
+      real low = lowest(m, at);
+      bool wide = !DAMPED && !(low >= LINEAR_TO);
+      iterate(m, low, num_iters, eps_start, eps_den, at);
       write_tile(in + TILE_BYTES, m, matrix, tile * 32, batch);
       if (!DAMPED && __any_sync(~0u, wide))
         forward_on_logarithms(logits, matrix, tile * 32 + lane, batch, num_iters, range_cap, wide);
@@ -466,8 +482,9 @@ sinkhorn_forward(const element* __restrict__ logits, element* __restrict__ matri
       i64 mine = tile * PER_WARP + sub;
       read_block(logits, mine, batch, at, m);
       exponents(m, range_cap, at);
-      bool wide = !DAMPED && lane_is_wide(m, at);
-      iterate(m, num_iters, eps_start, eps_den, at);
+      real low = lowest(m, at);
+      bool wide = !DAMPED && !(low >= LINEAR_TO);
+      iterate(m, low, num_iters, eps_start, eps_den, at);
       write_block(matrix, mine, batch, at, m);
       if (!DAMPED && __any_sync(~0u, wide))
         forward_on_logarithms(logits, matrix, mine, batch, num_iters, range_cap, wide);
@@ -658,14 +675,14 @@ INLINE void pull(real (&m)[B * B], real (&dm)[B * B], const element* logits, con
     if (end != full) begin(m, a, b, eps_den, at);
 #pragma unroll 1
     for (int t = 0; t < from; t++) {
-      column_step(m, b, a, eps_den, at);
-      row_step(m, a, b, eps_den, at);
+      column_step<0>(m, b, a, eps_den, at);
+      row_step<0>(m, a, b, eps_den, at);
     }
 #pragma unroll UNROLL
     for (int t = 0; t < end - from; t++) {
       keep(history, t, a, b);
-      column_step(m, b, a, eps_den, at);
-      row_step(m, a, b, eps_den, at);
+      column_step<0>(m, b, a, eps_den, at);
+      row_step<0>(m, a, b, eps_den, at);
     }
     if (end == full) {
       if (G > 1) read_block(grad, matrix, batch, at, dm);
@@ -684,7 +701,7 @@ INLINE void pull(real (&m)[B * B], real (&dm)[B * B], const element* logits, con
     real ones[B], lost[B];
 #pragma unroll
     for (int k = 0; k < B; k++) { ones[k] = a[k] = 1; b[k] = 1; }
-    row_step(m, a, b, eps_den, at);
+    row_step<0>(m, a, b, eps_den, at);
 #pragma unroll
     for (int k = 0; k < B * B; k++) {
       real q = -b[k / B] * (b[k / B] * db[k / B]);
@@ -725,7 +742,7 @@ sinkhorn_backward(const element* __restrict__ logits, const element* __restrict_
       __syncwarp();
       i64 matrix = tile * 32 + lane;
       exponents(m, range_cap, at);
-      bool wide = !DAMPED && lane_is_wide(m, at);
+      bool wide = !DAMPED && !(lowest(m, at) >= LINEAR_TO);
       pull(m, g, logits, grad_matrix, matrix, batch, num_iters, kept, eps_start, eps_den, range_cap, history, at);
       __syncwarp();
       write_tile(mine, m, grad_logits, tile * 32, batch);
@@ -735,7 +752,7 @@ sinkhorn_backward(const element* __restrict__ logits, const element* __restrict_
       i64 matrix = tile * PER_WARP + sub;
       read_block(logits, matrix, batch, at, m);
       exponents(m, range_cap, at);
-      bool wide = !DAMPED && lane_is_wide(m, at);
+      bool wide = !DAMPED && !(lowest(m, at) >= LINEAR_TO);
       pull(m, g, logits, grad_matrix, matrix, batch, num_iters, kept, eps_start, eps_den, range_cap, history, at);
       write_block(grad_logits, matrix, batch, at, m);
       if (!DAMPED && __any_sync(~0u, wide))

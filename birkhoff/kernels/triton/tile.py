@@ -406,16 +406,16 @@ def _exponents(logits, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr, 
                     offset = top[j]
                 else:
                     offset = top[i]
-                e = tl.fma(logits[i * n + j], _LOG2E, -(offset * _LOG2E))
+                e = tl.fma(logits[i * n + j], tl.full(offset.shape, _LOG2E, offset.dtype), -(offset * _LOG2E))
                 if cap is not None:
-                    e = tl.where(logits[i * n + j] < offset - cap, -cap * _LOG2E, e)
+                    e = tl.where(logits[i * n + j] < offset - cap, tl.full(e.shape, -cap * _LOG2E, e.dtype), e)
                 out = out + (e,)
         return out
     else:
         offset = tl.expand_dims(top, FIRST + 1)
         e = logits * _LOG2E - offset * _LOG2E
         if cap is not None:
-            e = tl.where(logits < offset - cap, -cap * _LOG2E, e)
+            e = tl.where(logits < offset - cap, tl.full(e.shape, -cap * _LOG2E, e.dtype), e)
         if logits.shape[1] != n:
             k = tl.arange(0, logits.shape[1])
             e = tl.where((k[:, None] < n)[None, :, :] & (k[None, :] < n)[None, :, :], e, float("-inf"))
