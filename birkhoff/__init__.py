@@ -10,19 +10,26 @@ from birkhoff import adjoints, errors, parametrizations, precision, solvers
 from birkhoff._dispatch import explain
 from birkhoff._project import project, sinkhorn
 from birkhoff._result import Projection, Status
+from birkhoff.certificates import Certificate, certify, certify_product
+from birkhoff.decomposition import decompose, recompose
 from birkhoff.precision import Precision
 from birkhoff.rounding import round_to_polytope
 
 __all__ = [
+    "Certificate",
     "Precision",
     "Projection",
     "Status",
     "adjoints",
+    "certify",
+    "certify_product",
+    "decompose",
     "errors",
     "explain",
     "parametrizations",
     "precision",
     "project",
+    "recompose",
     "round_to_polytope",
     "sinkhorn",
     "solvers",

@@ -78,12 +78,12 @@ def stack_vjp(logits: Any, grad_matrix: Any, solver: Any, precision: Precision, 
 
 
 def stack_to_tolerance(
-    logits: Any, solver: Any, precision: Precision, trace: _iterate.Trace | None = None
+    logits: Any, solver: Any, precision: Precision, trace: _iterate.Trace | None = None, *, branch: bool
 ) -> tuple[Any, Any]:
     """Project a stack until each matrix is within ``solver.tol``; also the iterations that each took."""
     xp, compute, accumulate, store = _dtypes(logits, precision)
     matrix, counts = _iterate.run_to_tolerance(
-        solver, _xp.astype(xp, logits, compute), xp=xp, accumulate=accumulate, trace=trace
+        solver, _xp.astype(xp, logits, compute), xp=xp, accumulate=accumulate, branch=branch, trace=trace
     )
     return _xp.astype(xp, matrix, store), counts
 

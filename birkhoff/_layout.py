@@ -24,13 +24,15 @@ _SMALL_BATCH = 16
 class Frame:
     """Namespace, matrix axes and sum dtype that a solver works with.
 
-    Summing over axis ``i`` runs over the rows, and gives column sums; over axis ``j``, row sums.
+    Summing over axis ``i`` runs over the rows, and gives column sums; over axis ``j``, row sums. With ``branch`` the
+    values may be looked at.
     """
 
     xp: Any
     i: int
     j: int
     accumulate: Any
+    branch: bool = False
 
     def order(self, first: str) -> tuple[int, int]:
         """The axes to sum over, in the order of normalisation: ``first="columns"`` sums over rows first."""
@@ -49,30 +51,45 @@ class Frame:
         """Reshape a vector over the batch so that it broadcasts against the stack."""
         return self.xp.reshape(values, (-1, 1, 1) if self.batch == 0 else (1, 1, -1))
 
+    def take(self, stack: Any, where: Any) -> Any:
+        """The matrices at the positions ``where`` of the batch."""
+        return self.xp.take(stack, where, axis=self.batch)
 
-def frame_for(xp: Any, accumulate: Any) -> Frame:
-    """The frame of arrays ``(..., n, n)`` as users hold them."""
-    return Frame(xp, -2, -1, accumulate)
+    def gather(self, parts: Sequence[tuple[Any, ...]], positions: Sequence[Any]) -> tuple[Any, ...]:
+        """Undo :meth:`take`: put the matrices of each part back at its positions, for each array of a tuple."""
+        back = self.xp.argsort(self.xp.concat(list(positions)))
+        joined = (self.xp.concat(list(arrays), axis=self.batch) for arrays in zip(*parts, strict=True))
+        return tuple(self.take(array, back) for array in joined)
 
 
-def map_pieces(function: Callable[..., Any], xp: Any, stacks: Sequence[Any], accumulate: Any, *, split: bool) -> Any:
-    """Apply ``function(frame, *stacks) -> stack`` to a batch, piece by piece where that is faster.
+def frame_for(xp: Any, accumulate: Any, *, branch: bool = False) -> Frame:
+    """The frame of arrays ``(B, n, n)`` as users hold them."""
+    return Frame(xp, -2, -1, accumulate, branch)
 
-    ``stacks`` have shape ``(B, n, n)``; with ``split`` false the whole batch is one piece in its own layout.
+
+def map_pieces(
+    function: Callable[..., tuple[Any, ...]], xp: Any, stacks: Sequence[Any], accumulate: Any, *, branch: bool
+) -> tuple[Any, ...]:
+    """Apply ``function(frame, *stacks)`` to a batch, piece by piece where that is faster.
+
+    ``stacks`` have shape ``(B, n, n)``, results ``(B, n, n)`` or ``(B, 1, 1)``. Without ``branch`` the whole batch is
+    one piece in its own layout.
     """
     batch, n = stacks[0].shape[0], stacks[0].shape[-1]
-    if not split or n > _SMALL_ORDER or batch < _SMALL_BATCH:
-        return function(frame_for(xp, accumulate), *stacks)
-    frame = Frame(xp, 0, 1, accumulate)
+    if not branch or n > _SMALL_ORDER or batch < _SMALL_BATCH:
+        return function(frame_for(xp, accumulate, branch=branch), *stacks)
+    frame = Frame(xp, 0, 1, accumulate, branch)
     length = max(_SMALL_BATCH, _PIECE_BYTES // (n * n * 4))
-    result = None
+    results: list[Any] = []
     for start in range(0, batch, length):
         stop = min(start + length, batch)
-        piece = function(frame, *(_batch_last(xp, stack[start:stop, ...]) for stack in stacks))
-        if result is None:
-            result = xp.empty(stacks[0].shape, dtype=piece.dtype, device=_xp.device(stacks[0]))
-        result[start:stop, ...] = xp.permute_dims(piece, (2, 0, 1))
-    return result
+        pieces = function(frame, *(_batch_last(xp, stack[start:stop, ...]) for stack in stacks))
+        if not results:
+            where = _xp.device(stacks[0])
+            results = [xp.empty((batch, *piece.shape[:2]), dtype=piece.dtype, device=where) for piece in pieces]
+        for result, piece in zip(results, pieces, strict=True):
+            result[start:stop, ...] = xp.permute_dims(piece, (2, 0, 1))
+    return tuple(results)
 
 
 def _batch_last(xp: Any, stack: Any) -> Any:
@@ -82,8 +99,8 @@ def _batch_last(xp: Any, stack: Any) -> Any:
 
 
 def split_by_range(
-    solver: Any, frame: Frame, stacks: tuple[Any, ...], function: Callable[..., Any], *, branch: bool
-) -> Any:
+    solver: Any, frame: Frame, stacks: tuple[Any, ...], function: Callable[..., tuple[Any, ...]]
+) -> tuple[Any, ...]:
     """``function(method, frame, *stacks)`` with each matrix treated by the method its logit range allows.
 
     ``stacks[0]`` are the logits. A solver without ``wide`` is good for every range. The choice for a matrix depends on
@@ -91,7 +108,7 @@ def split_by_range(
     """
     if not hasattr(solver, "wide"):
         return function(solver, frame, *stacks)
-    if not branch:
+    if not frame.branch:
         return function(solver.wide(), frame, *stacks)
     xp, logits = frame.xp, stacks[0]
     span = xp.max(logits, axis=(frame.i, frame.j)) - xp.min(logits, axis=(frame.i, frame.j))
@@ -102,8 +119,7 @@ def split_by_range(
         return function(solver.wide(), frame, *stacks)
     (narrow,), (wide,) = xp.nonzero(linear), xp.nonzero(xp.logical_not(linear))
     parts = [
-        function(method, frame, *(xp.take(stack, chosen, axis=frame.batch) for stack in stacks))
+        function(method, frame, *(frame.take(stack, chosen) for stack in stacks))
         for method, chosen in ((solver, narrow), (solver.wide(), wide))
     ]
-    back = xp.argsort(xp.concat([narrow, wide]))
-    return xp.take(xp.concat(parts, axis=frame.batch), back, axis=frame.batch)
+    return frame.gather(parts, (narrow, wide))

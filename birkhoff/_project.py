@@ -203,13 +203,17 @@ def _forward_arrays(stack: Any, solver: Solver, precision: Precision) -> Any:
     return stack_forward(stack, solver, precision, branch=_xp.can_branch(stack))
 
 
+def _to_tolerance_arrays(stack: Any, solver: Solver, precision: Precision, trace: Trace | None) -> tuple[Any, Any]:
+    return stack_to_tolerance(stack, solver, precision, trace, branch=_xp.can_branch(stack))
+
+
 def _may_read_arrays(stack: Any) -> bool:
     return True
 
 
 _ARRAYS: dict[str, Any] = {
     "forward": _forward_arrays,
-    "to_tolerance": stack_to_tolerance,
+    "to_tolerance": _to_tolerance_arrays,
     "may_read": _may_read_arrays,
 }
 

@@ -179,7 +179,7 @@ def forward(stack: Tensor, solver: Any, precision: Precision) -> Tensor:
 def to_tolerance(stack: Tensor, solver: Any, precision: Precision, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
     """Projection to a tolerance. Its gradient is the one of as many iterations as each matrix took."""
     with torch.no_grad():
-        matrix, counts = stack_to_tolerance(stack, solver, precision, trace)
+        matrix, counts = stack_to_tolerance(stack, solver, precision, trace, branch=stack.device.type == "cpu")
     if torch.is_grad_enabled() and stack.requires_grad:
         xp = _xp.array_namespace(stack)
         matrix = by_iterations(solver, counts, xp, lambda method, part: forward(part, method, precision), stack)

@@ -79,6 +79,8 @@ def dtype_name(dtype: Any) -> str:
     """``"float32"`` for ``numpy.float32``, ``torch.float32``, ``array_api_strict.float32`` alike."""
     if isinstance(dtype, np.dtype):
         return dtype.name
+    if isinstance(dtype, type):  # NumPy's and CuPy's scalar classes
+        return dtype.__name__
     return str(dtype).rsplit(".", 1)[-1]
 
 

@@ -98,18 +98,18 @@ def by_iterations(solver: Any, counts: Any, xp: Any, function: Any, *stacks: Any
 def unrolled_vjp(logits: Any, grad_matrix: Any, solver: Any, *, xp: Any, accumulate: Any, branch: bool) -> Any:
     """Gradient with respect to a stack of logits ``(B, n, n)``; the iterates live as long as one piece of the batch."""
 
-    def sweep(method: Any, frame: Frame, part: Any, grad: Any) -> Any:
+    def sweep(method: Any, frame: Frame, part: Any, grad: Any) -> tuple[Any, ...]:
         tape = list(method.trajectory(part, frame))
         grad_log = tape[-1][0] * grad
         for matrix, axis, weight in reversed(tape):
             grad_log = grad_log - _weighted(weight, matrix * frame.sum(grad_log, axis))
-        return method.pull_start(part, grad_log, frame)
+        return (method.pull_start(part, grad_log, frame),)
 
-    def piece(frame: Frame, *parts: Any) -> Any:
-        return _layout.split_by_range(solver, frame, parts, sweep, branch=branch)
+    def piece(frame: Frame, *parts: Any) -> tuple[Any, ...]:
+        return _layout.split_by_range(solver, frame, parts, sweep)
 
     with _xp.quiet(logits):
-        return _layout.map_pieces(piece, xp, (logits, grad_matrix), accumulate, split=branch)
+        return _layout.map_pieces(piece, xp, (logits, grad_matrix), accumulate, branch=branch)[0]
 
 
 def unrolled_matrix(logits: Any, solver: Any, *, xp: Any, accumulate: Any) -> Any:

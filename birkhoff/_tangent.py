@@ -1,0 +1,99 @@
+r"""Laplacians of positive matrices: the linear algebra of Newton's method and of implicit gradients, without cancellation.
+
+For a positive matrix P with row sums r, the matrix :math:`\operatorname{diag}(P^\top 1) - P^\top \operatorname{diag}(1/r) P`
+is the Laplacian of a graph: its off-diagonal entries are :math:`-W_{jk}` with
+
+.. math:: W_{jk} = \sum_i P_{ij} P_{ik} / r_i \ge 0
+
+and its rows sum to zero. Eliminating one vertex of a Laplacian leaves a Laplacian, whose weights are *sums* of positive
+terms. So the solution is accurate entry by entry however ill-conditioned the matrix is, in float32 too: nothing is ever
+subtracted (Grassmann, Taksar and Heyman's observation for Markov chains).
+
+Arrays here have the matrix axes first: ``(line, free line, B)``, lines being the side whose sums are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from birkhoff import _math
+from birkhoff._layout import Frame
+
+__all__ = ["kl_derivative", "lines_first", "per_free_line", "solve_laplacian", "weights"]
+
+_TINY = 1e-37  # below every weight that matters; keeps 0 / 0 of a disconnected graph at 0
+
+
+def lines_first(stack: Any, first: str, frame: Frame) -> Any:
+    """The stack as ``(exact line, free line, B)``: rows and columns if columns are normalised first."""
+    lines, free = (frame.i, frame.j) if first == "columns" else (frame.j, frame.i)
+    if frame.batch == 0:
+        return frame.xp.permute_dims(stack, (lines + 3, free + 3, 0))
+    return frame.xp.permute_dims(stack, (lines, free, 2))
+
+
+def per_free_line(vector: Any, first: str, frame: Frame) -> Any:
+    """``(free line, B)`` as an array that broadcasts against the stack."""
+    xp = frame.xp
+    if frame.batch == 0:
+        columns = xp.permute_dims(vector, (1, 0))
+        return columns[:, None, :] if first == "columns" else columns[:, :, None]
+    return vector[None, :, :] if first == "columns" else vector[:, None, :]
+
+
+def weights(matrix: Any, line_sums: Any, xp: Any) -> Any:
+    """The weights W of a matrix in lines-first form, ``(n, n, B)``; its diagonal is meaningless."""
+    total = None
+    for line in range(matrix.shape[0]):
+        row = matrix[line, ...]
+        term = (row / line_sums[line, ...])[:, None, :] * row[None, :, :]
+        total = term if total is None else total + term
+    return total
+
+
+def solve_laplacian(weight: Any, right: Any, xp: Any, *, noise: Any = None) -> Any:
+    """Solve ``Laplacian(weight) x = right`` with the last unknown zero; ``right`` sums to zero. ``(n, n, B), (n, B)``.
+
+    Sources (also those of whole clusters, which elimination adds up) of size at most ``noise`` (B,) count as zero: a
+    weak link would turn their rounding into a huge difference.
+    """
+    eliminated = []
+    for _ in range(weight.shape[0] - 1):
+        row, value = weight[0, 1:, ...], right[0, ...]
+        if noise is not None:
+            value = xp.where(xp.abs(value) <= noise, xp.zeros_like(value), value)
+        degree = _math.lower_bound(xp, xp.sum(row, axis=0), _TINY)
+        share = row / degree
+        eliminated.append((share, value / degree))
+        right = right[1:, ...] + share * value
+        weight = weight[1:, 1:, ...] + share[:, None, :] * row[None, :, :]
+    unknowns = xp.zeros_like(right)  # (1, B): the grounded vertex
+    for share, value in reversed(eliminated):
+        unknown = value + xp.sum(share * unknowns, axis=0)
+        unknowns = xp.concat([unknown[None, :], unknowns], axis=0)
+    return unknowns
+
+
+def kl_derivative(matrix: Any, direction: Any, frame: Frame) -> Any:
+    r"""Derivative of the KL projection at its solution P, applied to a direction G (it is symmetric: Jvp and vjp alike).
+
+    .. math:: P \circ (G - \lambda 1^\top - 1 \mu^\top), \qquad \mu_j \text{ from } \operatorname{Laplacian}(W)\, \mu = b,
+              \quad b_j = \sum_{ik} P_{ij} P_{ik} (G_{ij} - G_{ik}) / r_i
+
+    with the actual sums of P. The right side is summed in differences, so it has the size of the weights, and a
+    permutation gives zero instead of amplified rounding.
+    """
+    xp = frame.xp
+    values, change = (lines_first(stack, "columns", frame) for stack in (matrix, direction))
+    sums = _math.lower_bound(xp, xp.sum(values, axis=1), _TINY)
+    right = None
+    for line in range(values.shape[0]):
+        row, move = values[line, ...], change[line, ...]
+        differences = move[:, None, :] - move[None, :, :]
+        term = row / sums[line, ...] * xp.sum(row[None, :, :] * differences, axis=1)
+        right = term if right is None else right + term
+    mu = solve_laplacian(weights(values, sums, xp), right, xp)
+    moved = direction - per_free_line(mu, "columns", frame)
+    mean = xp.sum(matrix * moved, axis=frame.j, keepdims=True)
+    row_sums = _math.lower_bound(xp, xp.sum(matrix, axis=frame.j, keepdims=True), _TINY)
+    return matrix * (moved - mean / row_sums)
