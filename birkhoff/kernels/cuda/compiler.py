@@ -2,9 +2,9 @@
 
 Two ways to the same thing, tried in this order:
 
-1. CuPy's ``RawModule`` (package ``cupy-cuda12x`` or ``cupy-cuda13x``), which keeps compiled code in its own cache on disk;
-2. ``cuda.bindings`` (package ``cuda-bindings``, installed with the CUDA builds of torch 2.10 and later), with a cache of
-   ours under ``$BIRKHOFF_CACHE_DIR``, else ``$XDG_CACHE_HOME/birkhoff``, else ``~/.cache/birkhoff``.
+1. CuPy's ``RawModule`` (package ``cupy-cuda12x`` or ``cupy-cuda13x``), which keeps compiled code in a cache on disk;
+2. ``cuda.bindings`` (package ``cuda-bindings``, installed with the CUDA builds of torch 2.10 and later), with a cache
+   of ours under ``$BIRKHOFF_CACHE_DIR``, else ``$XDG_CACHE_HOME/birkhoff``, else ``~/.cache/birkhoff``.
 
 Kernels are declared ``extern "C" __global__`` and specialised by ``-D`` options, so that a name is a plain string.
 """
@@ -77,7 +77,7 @@ def load(source: str, options: Sequence[str] = ()) -> Module:
     Parameters
     ----------
     source : str
-        Text of the translation unit. ``#include <cuda_bf16.h>`` and the like work where the toolkit's headers are found.
+        Text of the translation unit. ``#include <cuda_bf16.h>`` and the like work where the toolkit's headers are.
     options : sequence of str, optional
         Compiler options, for example ``("-DN=4", "--use_fast_math")``. The architecture is the current device's.
 
@@ -96,8 +96,8 @@ def load(source: str, options: Sequence[str] = ()) -> Module:
 
     Notes
     -----
-    The first call for a source compiles (seconds); later calls in the process are a dictionary look-up, and later processes
-    read the cache on disk. Compile before capturing a CUDA graph: loading a module while capturing is an error.
+    The first call for a source compiles (seconds); later calls in the process are a dictionary look-up, and later
+    processes read the cache on disk. Compile before capturing a CUDA graph: loading a module while capturing is an error.
     """
     backend = available()
     if backend is None:

@@ -1,7 +1,7 @@
 """Batched Sinkhorn in CUDA C++, forward and exact backward, for n = 1..32 on CuPy arrays and torch tensors.
 
-The source is ``sinkhorn.cu``, compiled at run time for one (n, dtype, method, order) and cached on disk. A lane holds a whole
-matrix up to n = 8 (backward 4); above, a G x G grid of lanes holds blocks of it.
+The source is ``sinkhorn.cu``, compiled at run time for one (n, dtype, method, order) and cached on disk. A lane holds a
+whole matrix up to n = 8 (backward 4); above, a G x G grid of lanes holds blocks of it.
 """
 
 from __future__ import annotations
