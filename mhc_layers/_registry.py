@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from birkhoff._registry import Resolution, Row, Table
+from birkhoff._registry import Resolution, Row, Table, installed
 from mhc_layers._sites import SiteImplementation
 from mhc_layers.conventions import Convention
+from mhc_layers.kernels.options import refuse_convention
 
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
@@ -44,6 +45,20 @@ def only(connection: str) -> Callable[[SiteFacts], str | None]:
     return refuse
 
 
+def refuse_fused(facts: SiteFacts) -> str | None:
+    """The conditions of the fused kernels that are known before streams arrive."""
+    checks = (
+        (facts.connection == "mhc", f"runs the connection 'mhc', got {facts.connection!r}"),
+        (facts.res_map is None, f"projects with Sinkhorn, this site has {facts.res_map}"),
+        (facts.device == "cuda", f"needs a CUDA or ROCm device, got {facts.device}"),
+        (facts.dtype == "float32", f"takes float32 parameters, got {facts.dtype}"),
+        (installed("triton"), "the package triton is not installed"),
+        (facts.num_streams <= 8, f"keeps 1 to 8 streams in registers, got n = {facts.num_streams}"),
+    )
+    reason = next((reason for holds, reason in checks if not holds), None)
+    return refuse_convention(facts.convention) if reason is None else reason
+
+
 SITES: Table[SiteFacts] = Table(
     "sites",
     (
@@ -52,6 +67,12 @@ SITES: Table[SiteFacts] = Table(
             targets={"site": "mhc_layers._sites:RESIDUAL"},
             refuse=only("residual"),
             note="x + f, no maps",
+        ),
+        Row(
+            name="fused",
+            targets={"site_of": "mhc_layers._torch_ops:fused_site"},
+            refuse=refuse_fused,
+            note="fused kernels, forward and backward",
         ),
         Row(
             name="functional",
@@ -92,11 +113,16 @@ def resolve(site: HyperConnection, requested: str | SiteImplementation) -> SiteI
     if not isinstance(requested, str):
         return requested
     if requested == "auto":
-        return explain(site).row.load("site")
+        return _load(explain(site).row, site)
     rows = {row.name: row for row in SITES.rows}
     if requested not in rows:
         raise ValueError(f"Unknown implementation {requested!r}; accepted: 'auto', {', '.join(map(repr, rows))}.")
     reason = rows[requested].refuse(facts_of(site))
     if reason is not None:
         raise ValueError(f"The implementation {requested!r} refuses this site: {reason}. Use implementation='auto'.")
-    return rows[requested].load("site")
+    return _load(rows[requested], site)
+
+
+def _load(row: Row[SiteFacts], site: HyperConnection) -> SiteImplementation:
+    """A row holds the object itself, or what returns the object of a convention."""
+    return row.load("site") if "site" in row.targets else row.load("site_of")(site.convention)

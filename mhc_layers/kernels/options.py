@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from mhc_layers.conventions import Convention
 
-__all__ = ["SiteOptions", "options_key", "refuse_convention", "site_options"]
+__all__ = ["SiteOptions", "mix_width", "options_key", "padded_rows", "refuse_convention", "site_options", "streams_of"]
 
 
 class SiteOptions(NamedTuple):
     """The numbers of a :class:`~mhc_layers.conventions.Convention` that reach a kernel.
 
-    ``method`` is ``"knopp"`` (exponential start, no epsilon) or ``"damped"`` (softmax start, epsilons); ``first`` is the
-    side of the *stored* logits that is divided first; ``transposed`` says that the operator is the stored matrix's
-    transpose.
+    ``method`` is ``"knopp"`` (exponential start, no epsilon) or ``"damped"`` (softmax start, epsilons); ``first`` is
+    the side of the *stored* logits that is divided first; ``transposed`` says that the operator is the transpose of the
+    stored matrix.
     """
 
     method: str
@@ -27,6 +27,21 @@ class SiteOptions(NamedTuple):
     post_multiplier: float
     eps_start: float
     eps_den: float
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows of phi as an operand of the tensor cores: a power of two, at least 16."""
+    return max(16, 1 << (num_rows - 1).bit_length())
+
+
+def streams_of(num_rows: int) -> int:
+    """Return the n with n (n + 2) rows."""
+    return round((num_rows + 1) ** 0.5) - 1
+
+
+def mix_width(num_streams: int) -> int:
+    """Length of a row of ``mix``: n + 2 values, padded to a power of two."""
+    return 1 << (num_streams + 1).bit_length()
 
 
 @functools.lru_cache(maxsize=64)

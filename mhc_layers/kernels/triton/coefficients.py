@@ -1,7 +1,9 @@
+# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
 """Coefficients of a site, forward: projection with mean square in one read of the streams, then the finish.
 
-Tokens M, streams n, channels C, K = nC, N = n(n + 2). The contraction is split over K into slabs that the finish sums in a fixed
-order: no atomics, bitwise reproducible. Streams of 16 bits are exact tensor-core operands, so only phi is split, in two terms.
+Tokens M, streams n, channels C, K = nC, N = n(n + 2). The contraction is split over K into slabs that the finish sums
+in a fixed order: no atomics, bitwise reproducible. Streams of 16 bits are exact operands of the tensor cores, so only
+phi is split, in two terms, in the kernel.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 
 from birkhoff.kernels.triton import tile
-from mhc_layers.kernels.options import SiteOptions
+from mhc_layers.kernels.options import SiteOptions, padded_rows, streams_of
 from mhc_layers.kernels.triton.configs import (
     FinishConfig,
     ProjectConfig,
@@ -20,9 +22,7 @@ from mhc_layers.kernels.triton.configs import (
     is_interpreting,
     next_power_of_2,
     num_sms,
-    padded_rows,
     project_config,
-    streams_of,
 )
 
 __all__ = ["finish", "project"]
@@ -123,7 +123,7 @@ def finish_kernel(
     LANE: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """proj = h / r (Eq. 15), logits = alpha proj + bias (Eq. 16), then sigmoids (Eq. 17, 18) and Sinkhorn (Eq. 9, 19)."""
+    """proj = h / r (Eq. 15), logits = alpha proj + bias (Eq. 16), sigmoids (Eq. 17, 18), Sinkhorn (Eq. 9, 19)."""
     N: tl.constexpr = n * (n + 2)
     tok = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     live = tok < M

@@ -1,7 +1,8 @@
-"""Finish of the backward: from the gradients of the coefficients to dz, the operator of B2, and bias and alpha partials.
+# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
+"""Finish of the backward: from the gradients of the coefficients to dz, the operator of B2, and parameter partials.
 
-Everything is per token and on chip: sigmoids, the exact adjoint of the truncated Sinkhorn iteration (recomputed here, no iterate is
-stored), the affine maps, and the factor that the root mean square contributes to dx.
+Everything is per token and on chip: sigmoids, the exact adjoint of the truncated Sinkhorn iteration (recomputed here,
+no iterate is stored), the affine maps, and the factor that the root mean square contributes to dx.
 """
 
 from __future__ import annotations
@@ -11,15 +12,12 @@ import triton
 import triton.language as tl
 
 from birkhoff.kernels.triton import tile
-from mhc_layers.kernels.options import SiteOptions
+from mhc_layers.kernels.options import SiteOptions, mix_width, padded_rows, streams_of
 from mhc_layers.kernels.triton.configs import (
     FinishConfig,
     cdiv,
     finish_config,
-    mix_width,
     next_power_of_2,
-    padded_rows,
-    streams_of,
 )
 
 __all__ = ["finish_backward"]
@@ -40,6 +38,7 @@ def finish_backward_kernel(
     RSTD,
     DCOEF,
     DOTS,
+    READ,
     ALPHA_PRE,
     ALPHA_POST,
     ALPHA_RES,
@@ -57,6 +56,8 @@ def finish_backward_kernel(
     P: tl.constexpr,
     TERMS: tl.constexpr,
     HAS_DOTS: tl.constexpr,
+    HAS_READ: tl.constexpr,
+    READ_STRIDE: tl.constexpr,
     METHOD: tl.constexpr,
     COLUMNS_FIRST: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -87,6 +88,9 @@ def finish_backward_kernel(
     d = tl.load(DCOEF + row, mask=pair, other=0.0)
     if HAS_DOTS:
         d += tl.load(DOTS + tok[:, None] * n + i[None, :], mask=pair, other=0.0)
+    if HAS_READ:
+        # a delayed read used another site's h_pre
+        h_pre = tl.load(READ + tok[:, None] * READ_STRIDE + i[None, :], mask=pair, other=0.0)
     dl = d * s * (1.0 - s)
     dlp = dl * p
     tl.store(partial + i, tl.sum(dl, axis=0), mask=i < n)
@@ -122,9 +126,7 @@ def finish_backward_kernel(
             for b in tl.static_range(n):
                 place = a * P + b if TRANSPOSED else b * P + a
                 tl.store(MIX + tok * (n * P) + place, h_res[a * n + b], mask=live)
-        dlogits = tile.sinkhorn_vjp(
-            cells, grads, ITERS, n, METHOD, COLUMNS_FIRST, True, LENGTH, EPS_START, EPS_DEN
-        )
+        dlogits = tile.sinkhorn_vjp(cells, grads, ITERS, n, METHOD, COLUMNS_FIRST, True, LENGTH, EPS_START, EPS_DEN)
         dot = tl.zeros((BT,), tl.float32)
         for k in tl.static_range(n * n):
             # p is read again rather than held through the adjoint, which needs the registers
@@ -184,6 +186,7 @@ def finish_backward(
     options: SiteOptions,
     k: int,
     stream_dtype: torch.dtype,
+    read: torch.Tensor | None = None,
     *,
     config: FinishConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -207,6 +210,8 @@ def finish_backward(
         nC.
     stream_dtype : torch.dtype
         bf16 streams take dz in two bf16 terms, others in one fp32 term.
+    read : Tensor, optional
+        ``(..., n)``, the coefficients the site was read with, where these are not its own (one stride for all tokens).
     config : FinishConfig, optional
         Replaces the table's launch shape.
 
@@ -240,6 +245,7 @@ def finish_backward(
         rstd,
         dcoef,
         proj if dots is None else dots,
+        proj if read is None else read,
         *alphas,
         bias,
         mix,
@@ -255,6 +261,8 @@ def finish_backward(
         P=width,
         TERMS=terms,
         HAS_DOTS=dots is not None,
+        HAS_READ=read is not None,
+        READ_STRIDE=0 if read is None else read.stride(-2),
         METHOD=int(options.method == "damped"),
         COLUMNS_FIRST=options.first == "columns",
         TRANSPOSED=options.transposed,

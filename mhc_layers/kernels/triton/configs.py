@@ -1,7 +1,8 @@
 """Launch shapes of the fused kernels: a small fixed table, no autotuning.
 
-The token count M only picks a bucket here; it is never a compile-time constant, so a new batch size never compiles a kernel.
-A bucket is (streams n, channels C, tokens M, stream item size). ``benchmarks/reports`` holds the sweeps the numbers come from.
+The token count M only picks a bucket here; it is never a compile-time constant, so a new batch size never compiles a
+kernel. A bucket is (streams n, channels C, tokens M, stream item size); ``docs/explanation/measured/layer_kernels.md``
+holds the sweeps that the numbers come from.
 """
 
 from __future__ import annotations
@@ -45,21 +46,6 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(value: int) -> int:
     """Smallest power of two that is at least ``value``."""
     return 1 << max(0, value - 1).bit_length()
-
-
-def padded_rows(num_rows: int) -> int:
-    """Rows of phi as an operand of the tensor cores: a power of two, at least 16."""
-    return max(16, next_power_of_2(num_rows))
-
-
-def streams_of(num_rows: int) -> int:
-    """The n with n (n + 2) rows."""
-    return round((num_rows + 1) ** 0.5) - 1
-
-
-def mix_width(num_streams: int) -> int:
-    """Length of a row of ``mix``: n + 2 values, padded to a power of two."""
-    return next_power_of_2(num_streams + 2)
 
 
 @dataclass(frozen=True)
@@ -140,7 +126,7 @@ def streams_backward_config(
 
 @dataclass(frozen=True)
 class FinishConfig:
-    """Shape of a finish kernel: tokens a program, warps, one token a lane or a tile of lanes, iterations in registers."""
+    """Shape of a finish kernel: tokens, warps, one token a lane or a tile of lanes, iterations in registers."""
 
     block_tokens: int
     num_warps: int

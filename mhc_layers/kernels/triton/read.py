@@ -32,7 +32,10 @@ def read_forward_kernel(
 
 
 def read_forward(x: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | None = None) -> torch.Tensor:
-    """Return ``u [M, C]`` of streams ``x [M, n, C]``; ``coef [M, >= n]`` fp32 starts with h_pre (its rows may be strided)."""
+    """Return ``u (..., C)`` of streams ``x (..., n, C)``; ``coef (..., >= n)`` fp32 starts with h_pre.
+
+    The rows of ``coef`` may be strided, with one stride for all tokens (0 for coefficients shared by all).
+    """
     *lead, num_streams, dim = x.shape
     num_tokens = x.numel() // (num_streams * dim)
     u = torch.empty((*lead, dim), dtype=x.dtype, device=x.device)
@@ -46,7 +49,7 @@ def read_forward(x: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | Non
         coef,
         u,
         num_tokens,
-        COEF_STRIDE=coef.stride(0),
+        COEF_STRIDE=coef.stride(-2),
         C=dim,
         n=num_streams,
         BT=config.block_tokens,

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
 """Phase B1 of the backward: the gradient of h_pre from du."""
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
+# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
 """Phase B2 of the backward: dx, written once, and the token-split partials of dphi, from one read of x and g.
 
 dx[i] = sum_o h_res[o, i] g[o] + h_pre[i] du + (dz phi)[i] + rc x[i];   dphi = sum_t dz[t]^T x[t].
-Channels are the tensor core's rows in dphi (X^T dz), which makes it a wgmma on Hopper. No atomics: the reduce sums the slabs in order.
+Channels are the tensor core's rows in dphi (X^T dz), which makes it a wgmma on Hopper. No atomics: the reduce sums the
+slabs in order.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from mhc_layers.kernels.triton.configs import (
     StreamsBackwardConfig,
     cdiv,
     is_interpreting,
-    next_power_of_2,
     num_sms,
     streams_backward_config,
 )
@@ -210,9 +211,7 @@ def streams_backward(
     return dx, slabs
 
 
-def reduce_slabs(
-    dphi_slabs: torch.Tensor, params: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum ``[S, N, K]`` slabs and ``[programs, PAD(N) + 4]`` partials in a fixed order.
 
     Returns

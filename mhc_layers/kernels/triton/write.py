@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
 """Write of a site: the next streams x'[o] = sum_i h_res[o, i] x[i] + h_post[o] f."""
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ __all__ = ["write_forward"]
 
 
 @triton.jit(do_not_specialize=["M"])
-def write_forward_kernel(
-    X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
-):
+def write_forward_kernel(X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """Eq. 3 after the sublayer, fp32 products, one rounding."""
     N: tl.constexpr = n * (n + 2)
     tiles: tl.constexpr = (C + BC - 1) // BC

@@ -1,7 +1,9 @@
+# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
 """Phase A of the backward, before the sublayer's own: df, and the gradients of h_post and h_res.
 
-Reads g = dL/dx', x and f once. A program owns whole tokens, so the dot products over channels end in its registers: no slabs,
-no atomics. The gradient that x receives, H_res^T g, is not written here; phase B2 reads g again and writes dx once.
+Reads g = dL/dx', x and f once. A program owns whole tokens, so the dot products over channels end in its registers: no
+slabs, no atomics. The gradient that x receives, H_res^T g, is not written here; phase B2 reads g again and writes dx
+once.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.options import SiteOptions
-from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, next_power_of_2, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
 
 __all__ = ["write_backward"]
 
@@ -30,7 +32,6 @@ def write_backward_kernel(
     post_scale,
     C: tl.constexpr,
     n: tl.constexpr,
-    NS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     V: tl.constexpr,
@@ -113,7 +114,6 @@ def write_backward(
         options.post_multiplier,
         C=dim,
         n=num_streams,
-        NS=next_power_of_2(num_streams),
         BT=config.block_tokens,
         BC=config.block_channels,
         V=lane_values(config),

@@ -1,0 +1,64 @@
+"""What a fused site keeps between reading and writing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mhc_layers.hyper_connection import HyperConnection
+
+__all__ = ["FusedState", "SiteParams"]
+
+
+class SiteParams(NamedTuple):
+    """Parameters of a site as the fused ops take them, float32: ``phi (N, K)``, ``bias (N,)``, 0-d gates."""
+
+    phi: Tensor
+    bias: Tensor
+    alpha_pre: Tensor
+    alpha_post: Tensor
+    alpha_res: Tensor
+
+    @classmethod
+    def of(cls, site: HyperConnection) -> SiteParams:
+        """Parameters of a site, by name."""
+        return cls(site.phi, site.bias, site.alpha_pre, site.alpha_post, site.alpha_res)
+
+
+class FusedState(NamedTuple):
+    """State of a fused site, for ``post`` and ``boundary`` only.
+
+    ``coef (..., N)`` holds h_pre, h_post and h_res. ``link`` has the shape of the streams and no data: its *gradient*
+    is g = dL/dx_next as it stands, not ``h_res^T g``, so that the backward of the read can write dx once.
+    ``proj (..., N)`` and ``rstd (...)`` are the normalised projections and 1/r, all that the backward needs beyond inputs and outputs.
+    """
+
+    coef: Tensor
+    link: Tensor
+    proj: Tensor
+    rstd: Tensor
+    params: SiteParams
+    options: str
+
+    @property
+    def num_streams(self) -> int:
+        """Number of streams n."""
+        return self.link.shape[-2]
+
+    @property
+    def h_pre(self) -> Tensor:
+        """Coefficients of the read, ``(..., n)``."""
+        return self.coef[..., : self.num_streams]
+
+    @property
+    def h_post(self) -> Tensor:
+        """Coefficients of the write, ``(..., n)``."""
+        return self.coef[..., self.num_streams : 2 * self.num_streams]
+
+    @property
+    def h_res(self) -> Tensor:
+        """The operator on the streams, ``(..., n, n)``, output stream first."""
+        n = self.num_streams
+        return self.coef[..., 2 * n :].unflatten(-1, (n, n))

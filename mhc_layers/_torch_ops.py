@@ -1,0 +1,412 @@
+"""The fused site as torch operators: schemas, fakes, backward, and the object that a model calls.
+
+The operators (``torch.ops.mhc_layers.*``) are opaque to the compiler and visible to dispatch modes: selective
+checkpointing, flop counting. They have no autograd of their own; two Functions around them do. The backward runs in
+three phases: the write's backward (A) before the sublayer's, the read's (B1, finish, B2) after it. The gradient g of the
+next streams travels from A to B2 through the graph, in the gradient slot of ``FusedState.link``, so no partial dx is
+stored.
+
+Shape legend: ... tokens, n streams, C channels, K = nC, N = n(n + 2) coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from mhc_layers._fused_state import FusedState, SiteParams
+from mhc_layers._operators import register
+from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
+from mhc_layers._sites import FUNCTIONAL, SiteState
+from mhc_layers.conventions import Convention
+from mhc_layers.functional import without_autocast
+from mhc_layers.kernels import plain
+from mhc_layers.kernels.cost import register_formulas
+from mhc_layers.kernels.options import options_key, padded_rows, site_options
+from mhc_layers.kernels.table import leaf
+
+if TYPE_CHECKING:
+    from mhc_layers.hyper_connection import HyperConnection
+
+__all__ = ["FusedSite", "fused_site", "split_coefficients"]
+
+
+def split_coefficients(coef: Tensor, num_streams: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of ``coef (..., N)``: h_pre and h_post ``(..., n)``, h_res ``(..., n, n)`` acting from the left.
+
+    Examples
+    --------
+    >>> import torch
+    >>> [tuple(view.shape) for view in split_coefficients(torch.zeros(5, 24), 4)]
+    [(5, 4), (5, 4), (5, 4, 4)]
+    """
+    n = num_streams
+    return coef[..., :n], coef[..., n : 2 * n], coef[..., 2 * n :].unflatten(-1, (n, n))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+
+
+def pre_forward(
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    options: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``u (..., C)``, ``coef`` and ``proj (..., N)``, ``rstd (...)``; ``previous (..., n)`` reads in place of h_pre."""
+    x = x.contiguous()
+    with without_autocast(x.device.type):
+        slabs, squares = leaf("project", x)(x, phi.contiguous())
+        alphas = (alpha_pre, alpha_post, alpha_res)
+        coef, proj, rstd = leaf("finish", x)(
+            slabs, squares, alphas, bias, site_options(options), phi.shape[1], x.shape[:-2]
+        )
+        u = leaf("read_forward", x)(x, coef if previous is None else _rows(previous))
+    return u, coef, proj, rstd
+
+
+def _rows(previous: Tensor) -> Tensor:
+    """Coefficients with one stride for all tokens: a slice of contiguous rows, or a row expanded to all tokens."""
+    if previous.stride(-1) == 1 and (previous.dim() <= 2 or not any(previous.stride()[:-1])):
+        return previous
+    base = previous.stride(-2)
+    steps = [base]
+    for size in reversed(previous.shape[1:-1]):
+        steps.insert(0, steps[0] * size)
+    regular = previous.stride(-1) == 1 and tuple(steps) == tuple(previous.stride()[:-1])
+    return previous if regular else previous.contiguous()
+
+
+def _fake_pre_forward(
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    options: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lead, dtype = x.shape[:-2], _coefficient_dtype(x)
+    rows = (*lead, phi.shape[0])
+    return (
+        x.new_empty((*lead, x.shape[-1])),
+        x.new_empty(rows, dtype=dtype),
+        x.new_empty(rows, dtype=dtype),
+        x.new_empty(lead, dtype=dtype),
+    )
+
+
+def _coefficient_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def post_forward(x: Tensor, f: Tensor, coef: Tensor) -> Tensor:
+    """``x_next (..., n, C)``."""
+    x = x.contiguous()
+    with without_autocast(x.device.type):
+        return leaf("write_forward", x)(x, f.contiguous(), coef.contiguous())
+
+
+def _fake_post_forward(x: Tensor, f: Tensor, coef: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def post_backward(
+    g: Tensor, x: Tensor, f: Tensor, proj: Tensor, bias: Tensor, alpha_post: Tensor, options: str
+) -> tuple[Tensor, Tensor]:
+    """Phase A: ``df (..., C)`` and ``dcoef (..., N)`` of g = dL/dx_next."""
+    x = x.contiguous()
+    with without_autocast(x.device.type):
+        return leaf("write_backward", x)(
+            g.contiguous(), x, f.contiguous(), proj, alpha_post, bias, site_options(options)
+        )
+
+
+def _fake_post_backward(
+    g: Tensor, x: Tensor, f: Tensor, proj: Tensor, bias: Tensor, alpha_post: Tensor, options: str
+) -> tuple[Tensor, Tensor]:
+    return f.new_empty(f.shape), proj.new_empty(proj.shape)
+
+
+def pre_backward(
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    proj: Tensor,
+    rstd: Tensor,
+    g: Tensor | None,
+    gu: Tensor | None,
+    dcoef: Tensor | None,
+    options: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Phases B1, finish, B2: ``dx``, ``dphi (N, K)``, ``dparams`` (dbias, at PAD(N) dalpha), ``dprevious (..., n)``."""
+    x = x.contiguous()
+    with without_autocast(x.device.type):
+        g = None if g is None else g.contiguous()
+        gu = None if gu is None else gu.contiguous()
+        dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
+        dots = None if gu is None else leaf("read_backward", x)(gu, x)
+        mix, dz, partials = leaf("finish_backward", x)(
+            proj,
+            rstd,
+            dcoef,
+            dots if previous is None else None,
+            (alpha_pre, alpha_post, alpha_res),
+            bias,
+            site_options(options),
+            phi.shape[1],
+            x.dtype,
+            None if previous is None else _rows(previous),
+        )
+        dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x, g, gu, mix, dz, phi.contiguous())
+        dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
+    if previous is None:
+        dprevious = proj.new_empty((0,))
+    else:
+        dprevious = torch.zeros_like(previous, memory_format=torch.contiguous_format) if dots is None else dots
+    return dx, dphi, dparams, dprevious
+
+
+def _fake_pre_backward(
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    proj: Tensor,
+    rstd: Tensor,
+    g: Tensor | None,
+    gu: Tensor | None,
+    dcoef: Tensor | None,
+    options: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        proj.new_empty(phi.shape),
+        proj.new_empty((padded_rows(phi.shape[0]) + 4,)),
+        proj.new_empty((0,) if previous is None else previous.shape),
+    )
+
+
+PRE_FORWARD = register(pre_forward, _fake_pre_forward)
+POST_FORWARD = register(post_forward, _fake_post_forward)
+POST_BACKWARD = register(post_backward, _fake_post_backward)
+PRE_BACKWARD = register(pre_backward, _fake_pre_backward)
+register_formulas()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd
+
+
+class Pre(Function):
+    """``(x, parameters, previous, options) -> u, coef, link, proj, rstd``, as in ``FusedState``."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        phi: Tensor,
+        bias: Tensor,
+        alpha_pre: Tensor,
+        alpha_post: Tensor,
+        alpha_res: Tensor,
+        previous: Tensor | None,
+        options: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        u, coef, proj, rstd = PRE_FORWARD(x, phi, bias, alpha_pre, alpha_post, alpha_res, previous, options)
+        return u, coef, x.new_empty(()).expand(x.shape), proj, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.options = inputs
+        proj, rstd = output[3:]
+        ctx.mark_non_differentiable(proj, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, proj, rstd)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gu: Tensor | None, dcoef: Tensor | None, g: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, previous, proj, rstd = ctx.saved_tensors
+        x, params = tensors[0], SiteParams(*tensors[1:])
+        if gu is None and dcoef is None and g is None:
+            return (None,) * 8
+        if torch.is_grad_enabled():
+            return *pre_backward_composite(gu, g, dcoef, x, params, previous, ctx.options), None
+        dx, dphi, dparams, dprevious = PRE_BACKWARD(x, *params, previous, proj, rstd, g, gu, dcoef, ctx.options)
+        padded = dparams.shape[0] - 4
+        return (
+            dx,
+            dphi,
+            dparams[: params.bias.shape[0]],
+            dparams[padded],
+            dparams[padded + 1],
+            dparams[padded + 2],
+            None if previous is None else dprevious,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _batched(Pre, info, in_dims, args, num_data=1, optional_data=(6,))
+
+
+class Post(Function):
+    """``(x, link, f, coef, proj, parameters, options) -> x_next``; the gradient of ``link`` is that of ``x_next``."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        link: Tensor,
+        f: Tensor,
+        coef: Tensor,
+        proj: Tensor,
+        phi: Tensor,
+        bias: Tensor,
+        alpha_pre: Tensor,
+        alpha_post: Tensor,
+        alpha_res: Tensor,
+        options: str,
+    ) -> Tensor:
+        return POST_FORWARD(x, f, coef)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, f, _, proj, *params, ctx.options = inputs
+        ctx.save_for_backward(x, f, proj, *params)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, f, proj, *rest = ctx.saved_tensors
+        params = SiteParams(*rest)
+        if torch.is_grad_enabled():
+            df, dcoef = post_backward_composite(g, x, f, params, ctx.options)
+        else:
+            df, dcoef = POST_BACKWARD(g, x, f, proj, params.bias, params.alpha_post, ctx.options)
+        return None, g, df, dcoef, *(None,) * 7
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _batched(Post, info, in_dims, args, num_data=5)
+
+
+def _batched(
+    function: type[Function],
+    info: Any,
+    in_dims: tuple[Any, ...],
+    args: tuple[Any, ...],
+    num_data: int,
+    optional_data: tuple[int, ...] = (),
+) -> tuple[Any, Any]:
+    """``vmap`` rule: a batch of data is one more leading axis; a batch of parameters is a loop, stacked."""
+    data = {*range(num_data), *optional_data}
+    if all(in_dims[index] is None for index in range(len(args)) if index not in data):
+        moved = [
+            _leading(value, dim, info.batch_size) if index in data else value
+            for index, (value, dim) in enumerate(zip(args, in_dims, strict=True))
+        ]
+        out = function.apply(*moved)
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
+    calls = []
+    for item in range(info.batch_size):
+        chosen = [v if d is None else v.select(d, item) for v, d in zip(args, in_dims, strict=True)]
+        calls.append(function.apply(*chosen))
+    if not isinstance(calls[0], tuple):
+        return torch.stack(calls), 0
+    return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def _leading(value: Any, dim: int | None, size: int) -> Any:
+    if value is None:
+        return None
+    return value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The site
+
+
+class FusedSite:
+    """The steps of a site as fused kernels.
+
+    Streams are bfloat16, float16 or float32 and keep their dtype, inside autocast too; coefficients are float32.
+    Gradients of gradients and forward mode are computed in plain torch; float64 streams and sharded parameters
+    (DTensor) run the functional row.
+
+    Parameters
+    ----------
+    convention : Convention
+        Of every site that this object runs.
+    """
+
+    def __init__(self, convention: Convention) -> None:
+        self.convention = convention
+        self.options = options_key(convention)
+
+    def pre(
+        self, x: Tensor, site: HyperConnection, previous: Tensor | None = None
+    ) -> tuple[Tensor, FusedState | SiteState]:
+        """Read: ``u (..., C)`` and the state for :meth:`post`."""
+        params = SiteParams.of(site)
+        if x.dtype == torch.float64 or hasattr(params.phi, "placements"):
+            return FUNCTIONAL.pre(x, site, previous)
+        options = self.options
+        if not self.convention.read_delay:
+            previous = None
+        elif previous is None:
+            previous = _first_stream(x)
+        if _forward_mode():
+            u, coef, proj, rstd = pre_composite(x, params, previous, options)
+            return u, FusedState(coef, x, proj, rstd, params, options)
+        u, coef, link, proj, rstd = Pre.apply(x, *params, previous, options)
+        return u, FusedState(coef, link, proj, rstd, params, options)
+
+    def post(self, x: Tensor, f: Tensor, state: FusedState | SiteState) -> Tensor:
+        """Write: the next streams."""
+        if not isinstance(state, FusedState):
+            return FUNCTIONAL.post(x, f, state)
+        if _forward_mode():
+            return plain.write_forward(x, f, state.coef)
+        return Post.apply(x, state.link, f.to(x.dtype), state.coef, state.proj, *state.params, state.options)
+
+    def boundary(
+        self, x: Tensor, f: Tensor, state: FusedState | SiteState, next_site: HyperConnection
+    ) -> tuple[Tensor, Tensor, FusedState | SiteState]:
+        """``post`` of a site and ``pre`` of the next one."""
+        x = self.post(x, f, state)
+        return x, *self.pre(x, next_site, state.h_pre)
+
+
+def _forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken; never while compiling."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _first_stream(x: Tensor) -> Tensor:
+    """A delayed read has nothing before the first site: it reads stream 0."""
+    weights = torch.zeros(x.shape[-2], dtype=_coefficient_dtype(x), device=x.device)
+    weights[0] = 1.0
+    return weights.expand(x.shape[:-1])
+
+
+@functools.lru_cache(maxsize=64)
+def fused_site(convention: Convention) -> FusedSite:
+    """Return the object that runs fused sites of a convention; one a convention, so that boundaries can fuse."""
+    return FusedSite(convention)
