@@ -146,7 +146,7 @@ class Certificate:
         return f"largest spectral norm of {what} in [{low:.9f}, {high:.9f}] ({self.provenance})"
 
 
-def certify(matrix: Any, *, num_steps: int = 8, num_samples: int | None = None) -> Certificate:
+def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None) -> Certificate:
     r"""Bound the spectral norm of stored non-negative matrices from both sides, rigorously.
 
     Parameters
@@ -203,7 +203,7 @@ def certify(matrix: Any, *, num_steps: int = 8, num_samples: int | None = None) 
 
 
 def certify_product(
-    stack: Any, *, order: Order = "application", num_steps: int = 8, num_samples: int | None = None
+    stack: Any, *, order: Order = "application", num_steps: int = 10, num_samples: int | None = None
 ) -> Certificate:
     r"""Bound the spectral norm of a product of stored non-negative matrices, without forming it.
 

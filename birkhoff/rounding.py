@@ -34,10 +34,11 @@ def round_to_nonexpansive(matrix: Any) -> Any:
     Notes
     -----
     Guarantee (claim *Schur certificate*): every row and column sum is at most one, so
-    :math:`\lVert A_2\rVert_2 \le \sqrt{\lVert A_2\rVert_1 \lVert A_2\rVert_\infty} \le 1`. For float32 this holds
-    strictly for the stored values; for float64 up to :math:`(n+2)u`, the error of the sums themselves; a result stored
-    in bfloat16 or float16 adds the rounding of the cast. A matrix whose sums do not exceed one is returned unchanged.
-    A NaN stays in its own matrix of the batch. No data is inspected, so nothing synchronises a device.
+    :math:`\lVert A_2\rVert_2 \le \sqrt{\lVert A_2\rVert_1 \lVert A_2\rVert_\infty} \le 1`. In floating point, at most
+    one means :math:`1 + n 2^{-53}` for the stored values of a float32 matrix, whose sums are taken in float64, and
+    :math:`1 + (n + 2)\,2^{-53}` for float64; a result stored in bfloat16 or float16 adds the rounding of the cast. A
+    matrix whose sums do not exceed one is returned unchanged. A NaN stays in its own matrix of the batch. No data is
+    inspected, so nothing synchronises a device.
 
     References
     ----------
