@@ -7,7 +7,7 @@ without a change to the layer, the model or the trainer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -71,9 +71,10 @@ class FunctionalSite:
         return u, SiteState(h_pre, h_post, h_res, x, site.convention.apply_dtype)
 
     def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
+        h_post = cast(Tensor, state.h_post)
         if state.apply_dtype == "float32":
-            return _streams.write(state.streams, f, state.h_res, state.h_post)
-        return functional.write(x, f, state.h_res, state.h_post, apply_dtype=state.apply_dtype)
+            return _streams.write(cast(Tensor, state.streams), f, state.h_res, h_post)
+        return functional.write(x, f, state.h_res, h_post, apply_dtype=state.apply_dtype)
 
     def boundary(
         self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection

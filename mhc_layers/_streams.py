@@ -12,7 +12,7 @@ Shape legend: N tokens (any leading axes), n streams, C channels, K = n C, M row
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     return contextlib.nullcontext()
 
 
-def adds_in_place(grad: Tensor | None, dtype: torch.dtype) -> bool:
+def adds_in_place(grad: Tensor | None, dtype: torch.dtype) -> TypeGuard[Tensor]:
     """Whether a term may be added to this gradient in place: it exists, has the dtype, and nothing records it."""
     return (
         grad is not None

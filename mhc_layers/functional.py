@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from birkhoff._project import _matrix, check_logits
-from birkhoff.precision import DEFAULT
+from birkhoff._project import matrix as solve
 from birkhoff.solvers import SinkhornDamped, SinkhornKnopp
 from mhc_layers import _streams
 from mhc_layers._streams import without_autocast
@@ -42,11 +41,20 @@ __all__ = [
 class SiteParameters(Protocol):
     """What the coefficient functions need of a site: its parameters, as attributes."""
 
-    phi: Tensor
-    bias: Tensor
-    alpha_pre: Tensor
-    alpha_post: Tensor
-    alpha_res: Tensor
+    @property
+    def phi(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor: ...
+
+    @property
+    def alpha_pre(self) -> Tensor: ...
+
+    @property
+    def alpha_post(self) -> Tensor: ...
+
+    @property
+    def alpha_res(self) -> Tensor: ...
 
 
 class Parameters(NamedTuple):
@@ -85,7 +93,7 @@ def project_residual(logits: Tensor, convention: Convention = PAPER) -> Tensor:
 
     The result acts from the left, output stream first; a transposed convention is transposed here, as a view.
     """
-    stored = _matrix(logits, solver_of(convention), check_logits(logits), DEFAULT)
+    stored = solve(logits, solver_of(convention))
     return stored.mT if convention.transposed else stored
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -251,16 +251,21 @@ def connection_tensors(model: Transformer, naming: str = "deepseek") -> dict[str
     """
     patterns = naming_patterns(naming)
     result = {}
-    for index, site in enumerate(model.sites):
-        kind = "feed_forward" if index % 2 else "attention"
+    for (kind, layer), site in placed_sites(model):
         tensors = site_tensors(site)
         for part in PARTS:
-            result[patterns[kind].format(layer=index // 2, part=part)] = getattr(tensors, part)
+            result[patterns[kind].format(layer=layer, part=part)] = getattr(tensors, part)
     head = model.readout_streams
     if isinstance(head, HyperHead):
         for part in PARTS:
             result[patterns["head"].format(part=part)] = getattr(head, part).detach().float().clone()
     return result
+
+
+def placed_sites(model: Transformer) -> list[tuple[tuple[str, int], HyperConnection]]:
+    """Return each site of a model with its kind ("attention" or "feed_forward") and layer."""
+    sites = cast("list[HyperConnection]", list(model.sites))
+    return [(("feed_forward" if index % 2 else "attention", index // 2), site) for index, site in enumerate(sites)]
 
 
 def read_connections(source: str | Path | Mapping[str, Tensor], naming: str = "deepseek") -> dict[str, Tensor]:
@@ -349,13 +354,11 @@ def load_connections(
     grouped: dict[tuple[str, int], dict[str, Tensor]] = {}
     names: dict[tuple[str, int], list[str]] = {}
     for name, tensor in read_connections(source, naming).items():
-        kind, layer, part = parse_name(name, naming)
+        kind, layer, part = cast("tuple[str, int, str]", parse_name(name, naming))
         grouped.setdefault((kind, layer), {})[part] = tensor
         names.setdefault((kind, layer), []).append(name)
     loaded = []
-    targets: list[tuple[tuple[str, int], HyperConnection | HyperHead]] = [
-        (("feed_forward" if index % 2 else "attention", index // 2), site) for index, site in enumerate(model.sites)
-    ]
+    targets: list[tuple[tuple[str, int], HyperConnection | HyperHead]] = [*placed_sites(model)]
     if isinstance(model.readout_streams, HyperHead):
         targets.append((("head", -1), model.readout_streams))
     for key, target in targets:

@@ -74,11 +74,11 @@ class HyperConnection(KeepsFloat32):
     torch.Size([2, 5, 8])
     """
 
-    phi: nn.Parameter | None
-    bias: nn.Parameter | None
-    alpha_pre: nn.Parameter | None
-    alpha_post: nn.Parameter | None
-    alpha_res: nn.Parameter | None
+    phi: nn.Parameter
+    bias: nn.Parameter
+    alpha_pre: nn.Parameter
+    alpha_post: nn.Parameter
+    alpha_res: nn.Parameter
 
     def __init__(
         self,
@@ -131,13 +131,14 @@ class HyperConnection(KeepsFloat32):
             "residual": (None, None, ()),
         }[self.connection]
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        def register(name: str, shape: tuple[int, ...] | None) -> None:
+            value = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, value)
 
-        self.phi = None if phi_shape is None else parameter(*phi_shape)
-        self.bias = None if bias_size is None else parameter(bias_size)
+        register("phi", phi_shape)
+        register("bias", None if bias_size is None else (bias_size,))
         for gate in ("pre", "post", "res"):
-            setattr(self, f"alpha_{gate}", parameter() if gate in gates else None)
+            register(f"alpha_{gate}", () if gate in gates else None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

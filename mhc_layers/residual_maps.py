@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import birkhoff
 from birkhoff import parametrizations, solvers
+from birkhoff._project import matrix as solve
 
 __all__ = ["Free", "ResidualMap", "Solved", "Tanh", "get_res_map", "res_map_names"]
 
@@ -101,7 +102,7 @@ class Solved:
     """
 
     solver: Any
-    finish: str = "none"
+    finish: Literal["none", "nonexpansive", "exact"] = "none"
     sums: ClassVar[str] = "none"
 
     def num_parameters(self, n: int) -> int:
@@ -116,7 +117,10 @@ class Solved:
 
     def matrix(self, parameters: Tensor, n: int) -> Tensor:
         """The projections of logits ``(..., n * n)``."""
-        return birkhoff.project(parameters.unflatten(-1, (n, n)), self.solver, finish=self.finish).matrix
+        logits = parameters.unflatten(-1, (n, n))
+        if self.finish == "none":
+            return solve(logits, self.solver)
+        return birkhoff.project(logits, self.solver, finish=self.finish).matrix
 
 
 def res_map_names() -> tuple[str, ...]:

@@ -8,9 +8,9 @@ Shape legend: B batch, T tokens, n streams, C channels, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mhc_layers import functional
 from mhc_layers.config import TransformerConfig
+from mhc_layers.conventions import get_convention
 from mhc_layers.hyper_connection import HyperConnection
 from mhc_layers.models.attention import Attention, LayerCache
 from mhc_layers.models.mlp import SwiGLU
@@ -57,7 +58,7 @@ class AttentionSublayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config.dim, config.num_heads, config.num_kv_heads)
+        self.attention = Attention(config.dim, config.num_heads, cast(int, config.num_kv_heads))
 
     def forward(self, u: Tensor, context: StepContext) -> Tensor:
         cache = None if context.caches is None else context.caches[self.layer]
@@ -70,12 +71,13 @@ class FeedForwardSublayer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        hidden_dim = cast(int, config.hidden_dim)
         if config.num_experts:
             self.feed_forward: nn.Module = MixtureOfExperts(
-                config.dim, config.hidden_dim, config.num_experts, config.experts_per_token
+                config.dim, hidden_dim, config.num_experts, config.experts_per_token
             )
         else:
-            self.feed_forward = SwiGLU(config.dim, config.hidden_dim)
+            self.feed_forward = SwiGLU(config.dim, hidden_dim)
 
     def forward(self, u: Tensor, context: StepContext) -> Tensor | tuple[Tensor, Tensor]:
         return self.feed_forward(self.norm(u))
@@ -109,7 +111,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        sites = []
+        sites: list[HyperConnection] = []
         for layer in range(config.num_layers):
             for sublayer in (AttentionSublayer(config, layer), FeedForwardSublayer(config)):
                 site = HyperConnection(
@@ -126,7 +128,7 @@ class Transformer(nn.Module):
                 sites.append(site)
         self.sites = nn.ModuleList(sites)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.readout_streams = make_readout(config.convention, config.dim, config.num_streams)
+        self.readout_streams = make_readout(get_convention(config.convention), config.dim, config.num_streams)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -168,13 +170,14 @@ class Transformer(nn.Module):
 
     def walk(self, state: WalkState, context: StepContext, sites: Sequence[HyperConnection] | None = None) -> WalkState:
         """Pass the streams through consecutive sites (all of them by default), fusing across their boundaries."""
-        sites = self.sites if sites is None else sites
-        if not len(sites):
+        if sites is None:
+            sites = cast("Sequence[HyperConnection]", self.sites)
+        if not sites:
             return state
         x, h_pre, aux_loss = state
         u, site_state = sites[0].pre(x, h_pre)
         for index, site in enumerate(sites):
-            result = site.sublayer(u, context)
+            result = cast(Callable[..., Any], site.sublayer)(u, context)
             if isinstance(result, tuple):
                 result, aux = result
                 aux_loss = aux if aux_loss is None else aux_loss + aux
@@ -227,7 +230,7 @@ class Transformer(nn.Module):
     def make_caches(self, batch_size: int, max_len: int | None = None) -> list[LayerCache]:
         """Allocate an empty key-value cache for each layer, in the dtype and on the device of the weights."""
         config, weight = self.config, self.embedding.weight
-        shape = (batch_size, config.num_kv_heads, max_len or config.max_seq_len, config.head_dim)
+        shape = (batch_size, cast(int, config.num_kv_heads), max_len or config.max_seq_len, config.head_dim)
         return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_layers)]
 
     def param_groups(self, weight_decay: float = 0.1) -> list[dict[str, Any]]:
