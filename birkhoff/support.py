@@ -68,8 +68,8 @@ def diagnose_support(pattern: Any) -> Any:
     """
     masks, shape = _host_patterns(pattern)
     kept = _on_unique(masks)
-    full = kept.reshape(len(masks), -1).any(axis=-1)
-    total = (kept == masks).reshape(len(masks), -1).all(axis=-1)
+    full = kept.any(axis=(-2, -1))
+    total = (kept == masks).all(axis=(-2, -1))
     if shape[-1] == 0:
         return np.full(shape[:-2], Support.total, dtype=np.int8)
     codes = np.where(full, np.where(total, Support.total, Support.partial), Support.none)
@@ -160,7 +160,8 @@ def _host_patterns(pattern: Any) -> tuple[np.ndarray, tuple[int, ...]]:
     values = _xp.to_numpy(pattern)
     if values.ndim < 2 or values.shape[-1] != values.shape[-2]:
         raise ShapeError(f"pattern must have shape (..., n, n), got {values.shape}; pass square matrices")
-    return (values != 0).reshape(-1, *values.shape[-2:]), values.shape
+    count = int(np.prod(values.shape[:-2], dtype=np.int64))
+    return (values != 0).reshape(count, *values.shape[-2:]), values.shape
 
 
 def _on_unique(masks: np.ndarray) -> np.ndarray:

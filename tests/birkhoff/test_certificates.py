@@ -33,7 +33,7 @@ def ball(matrix: np.ndarray) -> flint.arb_mat:
 
 
 def norm_ball(matrix: flint.arb_mat, precision: int = 200) -> flint.arb:
-    """An enclosure of the spectral norm of exact reals: the largest eigenvalue of A^T A, isolated by ball arithmetic."""
+    """An enclosure of the spectral norm of exact reals: the largest eigenvalue of A^T A, as a ball."""
     flint.ctx.prec = precision
     eigenvalues = flint.acb_mat(matrix.transpose() * matrix).eig(multiple=True)
     return max((value.real for value in eigenvalues), key=lambda real: float(real.mid())).sqrt()
