@@ -61,7 +61,7 @@ def test_streams_differ_after_five_steps(connection, convention):
     with capture_coefficients(model) as captured, torch.no_grad():
         model(text)
     spread = captured.final_streams.std(dim=-2).mean() / captured.final_streams.abs().mean()
-    assert float(spread) > 1e-3
+    assert float(spread) > 1e-4  # rounding alone leaves 1e-7
 
 
 def test_the_symmetric_trap_is_real():
