@@ -1,4 +1,4 @@
-"""Recipes: functions that return a full training configuration. The command line picks one and overrides a few fields."""
+"""Recipes: functions that return a full training configuration. The command line picks one and may change it."""
 
 from __future__ import annotations
 

@@ -277,7 +277,8 @@ def _read(path: Path) -> Checkpoint:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise CheckpointError(
-            f"the checkpoint {path} has format {found}; this version reads format {FORMAT}. Use the version that wrote it"
+            f"the checkpoint {path} has format {found}; this version reads format {FORMAT}. Use the version that wrote "
+            "it"
         )
     tensors = {}
     for name, expected in state["sha256"].items():

@@ -119,8 +119,8 @@ class MonitorConfig:
             )
         if self.certify_every and (self.every == 0 or self.certify_every % self.every):
             raise ValueError(
-                f"monitor.certify_every is {self.certify_every}; it must be a multiple of monitor.every ({self.every}), "
-                "because a certificate uses the coefficients of a measured step"
+                f"monitor.certify_every is {self.certify_every}; it must be a multiple of monitor.every "
+                f"({self.every}), because a certificate uses the coefficients of a measured step"
             )
 
 

@@ -187,8 +187,8 @@ def load_corpus(
         parts = [whole[: max(cut, 0)], whole[max(cut, 0) :]]
     if min(len(parts[0]), len(parts[1])) < min_bytes:
         raise DataError(
-            f"too little text in {source}: {sum(map(len, parts))} bytes in {len(files)} files, {num_skipped} of them not "
-            f"text; training and validation need at least {min_bytes} bytes each. Give more text or a smaller "
+            f"too little text in {source}: {sum(map(len, parts))} bytes in {len(files)} files, {num_skipped} of them "
+            f"not text; training and validation need at least {min_bytes} bytes each. Give more text or a smaller "
             "--data.seq-len"
         )
     record = CorpusRecord(
@@ -239,8 +239,8 @@ class ByteWindows:
             raise DataError(f"seq_len is {seq_len} and batch_size is {batch_size}; both must be at least 1")
         if len(data) < seq_len + 1:
             raise DataError(
-                f"the text has {len(data)} bytes; a sequence of seq_len {seq_len} and its next byte need {seq_len + 1}. "
-                "Give more text or a smaller --data.seq-len"
+                f"the text has {len(data)} bytes; a sequence of seq_len {seq_len} and its next byte need "
+                f"{seq_len + 1}. Give more text or a smaller --data.seq-len"
             )
         self.data = data
         self.seq_len = seq_len

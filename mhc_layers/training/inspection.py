@@ -64,7 +64,7 @@ def load_model(path: Path, *, device: torch.device | None = None) -> tuple[Trans
     Raises
     ------
     CheckpointError
-        If the checkpoint is missing, damaged, of another format, or holds a configuration that this version cannot read.
+        If the checkpoint is missing, damaged or of another format, or this version cannot read its configuration.
     """
     checkpoint = load_checkpoint(path)
     try:

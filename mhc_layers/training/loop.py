@@ -311,12 +311,10 @@ class Trainer:
     def _check_finite(self, loss: Tensor, norm: Tensor) -> None:
         if math.isfinite(float(loss)) and math.isfinite(float(norm)):
             return
-        saved = (
-            f"the checkpoint of step {self._saved_step} is intact" if self._saved_step >= 0 else "none was saved yet"
-        )
+        saved = f"the checkpoint of step {self._saved_step} is intact" if self._saved_step >= 0 else "none is saved"
         raise NonFiniteLossError(
-            f"step {self.step}: the loss is {float(loss)} and the gradient norm {float(norm)}; {saved}. Start again with "
-            "a lower --optim.learning-rate or a longer --schedule.warmup-steps; --optim.clip-norm bounds single steps"
+            f"step {self.step}: the loss is {float(loss)} and the gradient norm {float(norm)}; {saved}. Start again "
+            "with a lower --optim.learning-rate or a longer --schedule.warmup-steps; --optim.clip-norm bounds single steps"
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -1,7 +1,8 @@
 """The log of a run: one JSON object a line, and the same scalars for TensorBoard.
 
 Every line has ``kind`` and ``step`` (steps done so far). Kinds are ``train``, ``eval``, ``monitor`` (per site and over
-depth), ``certificate`` and ``final``. Only ``seconds`` and the values derived from it differ between two identical runs.
+depth), ``certificate`` and ``final``. Only times and
+what is derived from them differ between two identical runs.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> list[str]:
         refused += [f"data.{k}" for k in old["data"] if old["data"][k] != new["data"][k] and k != "path"]
     if refused:
         raise ResumeError(
-            f"a resumed run cannot change {', '.join(refused)}: it would not continue the same run. Leave these options "
-            "out, or start a new run with --recipe"
+            f"a resumed run cannot change {', '.join(refused)}: it would not continue the same run. Leave these "
+            "options out, or start a new run with --recipe"
         )
     notes = [f"changed since the checkpoint: {name}" for name in changed]
     if "steps" in changed:

@@ -1,0 +1,125 @@
+"""How many bytes a residual connection moves: the memory traffic that decides its speed.
+
+The rows are the paper's Table 2 and the dataflows of fused kernels; ``docs/explanation/`` derives them. Everything is
+per token and per site, and counts the streams and sublayer outputs only: coefficients are a few hundred bytes more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from mhc_layers.config import TransformerConfig
+
+__all__ = ["Traffic", "connection_traffic", "traffic_table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Elements that one way to run a connection moves, in units of C, for n streams.
+
+    Attributes
+    ----------
+    name : str
+        The way.
+    direction : str
+        ``forward``, ``backward`` or ``recompute``.
+    formula : str
+        Elements in terms of n, in units of C.
+    channels : int
+        Its value.
+    """
+
+    name: str
+    direction: str
+    formula: str
+    channels: int
+
+    def num_bytes(self, dim: int, element_size: int = 2) -> int:
+        """Return the bytes per token and site for C = ``dim`` and elements of ``element_size`` bytes."""
+        return self.channels * dim * element_size
+
+
+def connection_traffic(num_streams: int) -> list[Traffic]:
+    """List the ways to run a connection of n streams, from the plain residual to the floor.
+
+    Parameters
+    ----------
+    num_streams : int
+        Streams n.
+
+    Returns
+    -------
+    list of Traffic
+        Forward, backward and recomputation.
+
+    Raises
+    ------
+    ValueError
+        If ``num_streams`` is smaller than 1.
+
+    Examples
+    --------
+    >>> [row.channels for row in connection_traffic(4) if row.direction == "forward"]
+    [3, 34, 18, 14, 10]
+    >>> connection_traffic(4)[4].num_bytes(dim=1)  # 20 C bytes in bfloat16
+    20
+    """
+    if num_streams < 1:
+        raise ValueError(f"num_streams is {num_streams}; it must be 1 or more")
+    n = num_streams
+    rows = [
+        ("residual: read 2C, write C", "forward", "3", 3),
+        ("unfused: every step its own pass (Table 2)", "forward", "8n + 2", 8 * n + 2),
+        ("separate kernels: project, read, write", "forward", "4n + 2", 4 * n + 2),
+        ("boundary: write and next projection fused, then read", "forward", "3n + 2", 3 * n + 2),
+        ("boundary in a single pass (floor)", "forward", "2n + 2", 2 * n + 2),
+        ("residual: gradient read, added, written", "backward", "3", 3),
+        ("separate functions, gradients added by autograd", "backward", "14n + 3", 14 * n + 3),
+        ("separate kernels, gradients accumulated in place", "backward", "9n + 3", 9 * n + 3),
+        ("three phases (A, B1, B2)", "backward", "6n + 4", 6 * n + 4),
+        ("three phases, B2 chained with the site before", "backward", "5n + 4", 5 * n + 4),
+        ("merged and chained (floor)", "backward", "3n + 3", 3 * n + 3),
+        ("recompute block: streams rebuilt once", "recompute", "n + 2", n + 2),
+    ]
+    return [Traffic(name=a, direction=b, formula=c, channels=d) for a, b, c, d in rows]
+
+
+def traffic_table(config: TransformerConfig, *, element_size: int = 2, bandwidth: float | None = None) -> Table:
+    """Return the traffic of a model's connections as a table.
+
+    Parameters
+    ----------
+    config : TransformerConfig
+        Gives n, C and the number of sites.
+    element_size : int
+        Bytes of a stream element; 2 for bfloat16.
+    bandwidth : float, optional
+        Bytes per second of the memory; adds the time per million tokens for all sites.
+    """
+    sites = 2 * config.num_layers
+    table = Table(
+        title=f"memory traffic per token: n = {config.num_streams}, C = {config.dim}, {sites} sites, "
+        f"{element_size}-byte elements"
+    )
+    table.add_column("way")
+    table.add_column("direction")
+    for heading in ("elements / C", "bytes / C", "bytes a site", "bytes a model"):
+        table.add_column(heading, justify="right")
+    if bandwidth:
+        table.add_column("s a million tokens", justify="right")
+    for row in connection_traffic(config.num_streams):
+        size = row.num_bytes(config.dim, element_size)
+        cells = [
+            row.name,
+            row.direction,
+            f"{row.formula} = {row.channels}",
+            f"{row.channels * element_size}C",
+            f"{size:,}",
+            f"{size * sites:,}",
+        ]
+        if bandwidth:
+            cells.append(f"{1e6 * size * sites / bandwidth:.3f}")
+        table.add_row(*cells)
+    return table
