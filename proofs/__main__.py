@@ -1,0 +1,133 @@
+"""``python -m proofs``: try every claim and print what was seen.
+
+Without arguments it verifies this library: every solver of `birkhoff.solvers` on every backend that runs here, the
+certificates, roundings, decompositions and layers. With ``--projection package.module:function`` it verifies a
+projection of yours. The exit status is 0 if every claim holds, 1 if one is broken, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from proofs import claims, report, runner, subjects, systems
+from proofs._claim import Claim
+from proofs.runner import PROFILES, Outcome
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m proofs",
+        description="Try the claims about doubly stochastic projections and print what was seen.",
+        epilog="Example: python -m proofs --projection mylib.layers:sinkhorn --last rows --backend torch",
+    )
+    target = parser.add_argument_group("what is verified")
+    target.add_argument("--projection", metavar="MODULE:FUNCTION", help="a function of an array (..., n, n) of logits")
+    target.add_argument("--last", choices=("rows", "columns"), default="rows", help="the side it normalises last")
+    target.add_argument("--num-iters", type=int, metavar="K", help="compare it with K exact iterations as well")
+    target.add_argument("--backend", choices=tuple(subjects.BACKENDS), help="arrays to use (default: all, or numpy)")
+    target.add_argument("--solver", action="append", metavar="NAME", help="only these solvers of birkhoff.solvers")
+    target.add_argument("--claim", action="append", metavar="NAME", help="only these claims, or families of claims")
+    effort = parser.add_argument_group("how hard")
+    effort.add_argument("--profile", choices=tuple(PROFILES), default="ci", help="number of examples (default: ci)")
+    effort.add_argument("--seed", type=int, help="other examples than the fixed ones")
+    effort.add_argument("--replay", type=Path, metavar="FILE", help="try the failing examples of a JSON report again")
+    output = parser.add_argument_group("reports")
+    output.add_argument("--detail", action="store_true", help="one line a claim and projection")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write every outcome, failing examples bit for bit")
+    output.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
+    output.add_argument("--list", action="store_true", help="print the claims and stop")
+    return parser
+
+
+def _subjects(options: argparse.Namespace) -> list[Any]:
+    if options.projection is not None:
+        function = subjects.load_function(options.projection)
+        one = subjects.user_subject(
+            function,
+            name=options.projection,
+            last=options.last,
+            backend_name=options.backend or "numpy",
+            num_iters=options.num_iters,
+        )
+        return [one]
+    names = [options.backend] if options.backend else subjects.installed_backends()
+    found: list[Any] = list(subjects.builtin_subjects(names, options.solver))
+    if options.solver is None:
+        found.extend(systems.builtin_systems(names))
+    return found
+
+
+def _print_list(console: Console, chosen: Sequence[Claim]) -> None:
+    for claim in chosen:
+        lemma = f"lemma {', '.join(filter(None, (claim.lemma, *claim.lemmas)))}" if claim.lemma else "no lemma"
+        console.print(f"[bold]{claim.name}[/] ({claim.family}, {claim.provenance}, {lemma})", highlight=False)
+        console.print(
+            f"  {claim.statement}\n  domain: {claim.domain}\n  from: {claim.reference}", highlight=False, markup=False
+        )
+
+
+def _run(console: Console, chosen: Sequence[Claim], found: list[Any], options: argparse.Namespace) -> list[Outcome]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    total = sum(getattr(subject, "kind", "projection") == claim.kind for claim in chosen for subject in found)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("claims", total=total)
+
+        def advance(outcome: Outcome) -> None:
+            progress.update(task, advance=1, description=outcome.claim.name)
+
+        return runner.run(chosen, found, PROFILES[options.profile], seed_value=options.seed, progress=advance)
+
+
+def _replay(found: list[Any], path: Path) -> list[Outcome]:
+    _, failing = report.load_failures(path)
+    by_title = {subject.title: subject for subject in found}
+    outcomes = []
+    for claim_name, title, sample in failing:
+        if title not in by_title:
+            raise ValueError(
+                f"{path} holds an example of {title!r}, which these options don't select; pass the same ones"
+            )
+        outcomes.append(runner.replay(claims.by_name(claim_name), by_title[title], sample))
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console()
+    sys.path.insert(0, "")  # a projection in the working directory is importable, as with python -m
+    try:
+        chosen = claims.select(options.claim)
+        if options.list:
+            _print_list(console, chosen)
+            return 0
+        found = _subjects(options)
+        outcomes = _replay(found, options.replay) if options.replay else _run(console, chosen, found, options)
+    except ValueError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        return 2
+    if not any(outcome.verdict != "not claimed" for outcome in outcomes):
+        console.print("nothing to verify: no claim applies to this selection", highlight=False)
+        return 2
+    report.print_table(console, outcomes, detail=options.detail)
+    report.print_failures(console, outcomes)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    if options.json:
+        report.write_json(options.json, outcomes, settings)
+    if options.junit:
+        report.write_junit(options.junit, outcomes)
+    return 1 if any(outcome.verdict == "broken" for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

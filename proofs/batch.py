@@ -1,0 +1,284 @@
+"""Claims about behaviour: batches, statuses, dtypes, layouts, and what must not change."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from proofs import strategies
+from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.closure import last_side_exact
+from proofs.measure import accuracy_allowance, marginal_allowance, sums
+from proofs.subjects import Subject
+
+__all__ = ["CLAIMS"]
+
+
+def _twice(subject: Subject, sample: Sample) -> np.ndarray:
+    factor = 2.0 if subject.finish == "none" and subject.geometry == "kl" else 8.0
+    return factor * accuracy_allowance(sample.logits, sample.dtype)[:, None, None]
+
+
+def _one_by_one(subject: Subject, sample: Sample) -> Observation:
+    stacked = subject.matrix(sample)
+    single = np.stack([subject.matrix(sample.item(k))[0] for k in range(len(sample.logits))])
+    return worst(np.abs(stacked - single), _twice(subject, sample), "f(stack) - stack(f)")
+
+
+def _poisoned(subject: Subject, sample: Sample) -> Observation:
+    rng = sample.rng()
+    clean = subject.matrix(sample)
+    count, size = len(sample.logits), sample.logits.shape[-1]
+    at = int(rng.integers(count))
+    seen = []
+    for poison in (np.nan, np.inf):
+        logits = sample.logits.copy()
+        logits[at, rng.integers(size), rng.integers(size)] = poison
+        try:
+            with np.errstate(all="ignore"):
+                dirty = subject.matrix(sample.with_logits(logits))
+        except (ValueError, FloatingPointError):
+            continue  # a raised error is not a silent wrong answer
+        difference = np.abs(dirty - clean)
+        difference[at] = 0
+        seen.append(worst(difference, _twice(subject, sample), f"neighbours of a matrix with {poison}"))
+        hidden = 0.0 if np.isnan(dirty[at]).any() else 2.0
+        seen.append(Observation(hidden, 1.0, at, f"a matrix with {poison} came back without NaN"))
+    return worst_of(seen) if seen else Observation(0.0, 1.0, 0, "raised")
+
+
+def _unchanged(subject: Subject, sample: Sample) -> Observation:
+    given = subject.array(sample)
+    subject.function(given)
+    after = subject.backend.asnumpy(given)
+    before = np.asarray(sample.logits, dtype=np.float64)
+    changed = ~((after == before) | (np.isnan(after) & np.isnan(before)))
+    return worst(np.where(changed, 2.0, 0.0), 1.0, "the input was written to")
+
+
+def _kept(subject: Subject, sample: Sample) -> Observation:
+    given = subject.array(sample)
+    result = subject.function(given)
+    reasons = []
+    if not subject.backend.is_native(result):
+        reasons.append(f"returned a {type(result).__name__}")
+    elif subject.backend.dtype_name(result) != sample.dtype:
+        reasons.append(f"{sample.dtype} came back as {subject.backend.dtype_name(result)}")
+    if tuple(result.shape) != tuple(sample.logits.shape):
+        reasons.append(f"shape {tuple(sample.logits.shape)} came back as {tuple(result.shape)}")
+    return Observation(2.0 if reasons else 0.0, 1.0, 0, "; ".join(reasons) or "kind, dtype and shape")
+
+
+def _batch_shapes(subject: Subject, sample: Sample) -> Observation:
+    size = sample.logits.shape[-1]
+    plain = subject.matrix(sample)
+    seen = []
+    for shape in ((2, 3), (1, 6), (3, 1, 2)):
+        folded = sample.with_logits(sample.logits[:6].reshape(*shape, size, size))
+        difference = np.abs(subject.matrix(folded).reshape(6, size, size) - plain[:6])
+        seen.append(worst(difference, _twice(subject, sample)[:6], f"batch shape {shape}"))
+    single = subject.matrix(sample.with_logits(sample.logits[0]))
+    seen.append(worst(np.abs(single - plain[0])[None], _twice(subject, sample)[:1], "no batch axis"))
+    for shape in ((0, size, size), (2, 0, size, size)):
+        empty = subject.matrix(sample.with_logits(np.zeros(shape, dtype=sample.logits.dtype)))
+        seen.append(
+            Observation(0.0 if empty.shape == shape else 2.0, 1.0, 0, f"empty batch {shape} became {empty.shape}")
+        )
+    return worst_of(seen)
+
+
+def _layouts(subject: Subject, sample: Sample) -> Observation:
+    expected = subject.matrix(sample)
+    seen = []
+    for name, array in subject.backend.layouts(sample.logits, sample.dtype).items():
+        result = subject.backend.asnumpy(subject.function(array))
+        seen.append(worst(np.abs(result - expected), _twice(subject, sample), f"layout {name}"))
+    return worst_of(seen)
+
+
+def _repeatable(subject: Subject, sample: Sample) -> Observation:
+    one, two = subject.matrix(sample), subject.matrix(sample)
+    return worst(np.where((one == two) | (np.isnan(one) & np.isnan(two)), 0.0, 2.0), 1.0, "two calls differ in bits")
+
+
+def _zeros_kept(subject: Subject, sample: Sample) -> Observation:
+    matrix = subject.matrix(sample)
+    holes = np.isneginf(sample.logits)
+    wrong = np.where(holes, matrix != 0, ~np.isfinite(matrix))
+    seen = [worst(np.where(wrong, 2.0, 0.0), 1.0, "a structural zero is not 0, or an entry is not finite")]
+    if last_side_exact(subject) is None:
+        allowed = 4 * marginal_allowance(sample.logits.shape[-1], sample.dtype)
+        seen.append(worst(np.abs(sums(matrix, subject.last) - 1), allowed, f"{subject.last} sum with zeros"))
+    return worst_of(seen)
+
+
+def _no_eps_kl(subject: Subject) -> str | None:
+    if subject.geometry != "kl":
+        return "projects in the Euclidean distance"
+    if subject.eps is not None:
+        return "eps_start fills structural zeros"
+    return "the fill of the exact finish may reach structural zeros" if subject.finish == "exact" else None
+
+
+def _reports(subject: Subject) -> str | None:
+    if subject.project is None:
+        return "returns a matrix only, no status"
+    if subject.geometry != "kl":
+        return "projects in the Euclidean distance"
+    return "the finish makes any pattern feasible" if subject.finish != "none" else None
+
+
+_NONFINITE, _NO_SUPPORT = 2, 3
+
+
+def _statuses(subject: Subject, sample: Sample) -> Observation:
+    assert subject.project is not None
+    size = max(2, sample.logits.shape[-1])
+    logits = np.zeros((4, size, size), dtype=sample.logits.dtype)
+    logits[0] = np.resize(sample.logits[0], (size, size))
+    logits[1, 0, 0] = np.nan
+    logits[2, -1, 0] = np.inf
+    logits[3] = np.where(np.eye(size, dtype=bool), 0.0, -np.inf)
+    logits[3, 0, :] = 0.0  # an arrow: entries (0, j > 0) lie on no permutation
+    seen = []
+    for name, array in subject.backend.layouts(logits, sample.dtype).items():
+        codes = subject.backend.asnumpy(subject.project(array).status).astype(int).tolist()
+        right = codes[1:3] == [_NONFINITE] * 2 and codes[0] not in (_NONFINITE, _NO_SUPPORT)
+        right = right and (subject.eps is not None or codes[3] == _NO_SUPPORT)
+        seen.append(Observation(0.0 if right else 2.0, 1.0, 0, f"status codes {codes}, layout {name}"))
+    return worst_of(seen)
+
+
+def _some(subject: Subject, *, batch: int, minimum: int = 1) -> st.SearchStrategy[Sample]:
+    return strategies.samples(
+        batch=batch, sizes=tuple(n for n in (1, 2, 3, 4, 5, 8) if n >= minimum), dtypes=subject.backend.dtypes
+    )
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="items_are_independent",
+        family="batch",
+        statement="f(stack) = stack(f) within twice the accuracy contract.",
+        reference="SPEC 7, P16",
+        domain="finite logits up to range 1e3, stacks of 7",
+        method="the stack against its matrices one at a time",
+        provenance="sampled",
+        samples=lambda subject: _some(subject, batch=7),
+        check=_one_by_one,
+        effort=0.5,
+    ),
+    Claim(
+        name="one_bad_matrix_poisons_only_itself",
+        family="batch",
+        statement="A NaN or +inf leaves the other matrices of the stack as they were, and is not hidden in its own.",
+        reference="SPEC 7, P16",
+        domain="finite logits up to range 1e3, one entry replaced",
+        method="compared with the clean stack within twice the accuracy contract",
+        provenance="sampled",
+        samples=lambda subject: _some(subject, batch=5),
+        check=_poisoned,
+    ),
+    Claim(
+        name="input_is_not_written",
+        family="batch",
+        statement="The array of logits holds the same values after the call.",
+        reference="SPEC 7, P18",
+        domain="finite logits up to range 1e3",
+        method="compared bit for bit",
+        provenance="sampled",
+        samples=lambda subject: _some(subject, batch=4),
+        check=_unchanged,
+        effort=0.5,
+    ),
+    Claim(
+        name="kind_dtype_shape_kept",
+        family="batch",
+        statement="The result has the array kind, device, dtype and shape of the input; half precisions included.",
+        reference="SPEC 4, 7, P18",
+        domain="float64, float32, float16, bfloat16 where the backend has them",
+        method="compared by name",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(batch=3, dtypes=(*subject.backend.dtypes, *subject.backend.halves)),
+        check=_kept,
+        effort=0.5,
+    ),
+    Claim(
+        name="any_batch_shape",
+        family="batch",
+        statement="Batch shapes (), (2,3), (1,6), (3,1,2), (0,) and (2,0) work and give the same matrices.",
+        reference="SPEC 7, P16",
+        domain="finite logits up to range 1e3",
+        method="compared with the flat stack within twice the accuracy contract",
+        provenance="sampled",
+        samples=lambda subject: _some(subject, batch=6),
+        check=_batch_shapes,
+        effort=0.5,
+    ),
+    Claim(
+        name="any_memory_layout",
+        family="batch",
+        statement="Transposed, strided, reversed, offset and read-only inputs give the same matrices.",
+        reference="SPEC 7, P18",
+        domain="finite logits up to range 1e3",
+        method="compared with the contiguous copy within twice the accuracy contract",
+        provenance="sampled",
+        samples=lambda subject: _some(subject, batch=4),
+        check=_layouts,
+        effort=0.5,
+    ),
+    Claim(
+        name="same_bits_twice",
+        family="batch",
+        statement="Two calls on the same logits return the same bits.",
+        reference="SPEC 7",
+        domain="finite logits up to range 1e3",
+        method="compared bit for bit",
+        provenance="sampled",
+        samples=lambda subject: _some(subject, batch=8),
+        check=_repeatable,
+        effort=0.5,
+    ),
+    Claim(
+        name="minus_infinity_is_an_exact_zero",
+        family="batch",
+        statement="Logits -inf give entries 0.0, the other entries are finite, and the side normalised last is exact.",
+        reference="SPEC 7, numerics 2.1",
+        domain="patterns with total support (unions of permutations), range up to 1e2",
+        method="compared bit for bit; sums within 4 (n+1) u",
+        provenance="sampled",
+        samples=lambda subject: st.builds(
+            _punch,
+            strategies.samples(
+                batch=6, sizes=(2, 3, 4, 5), scales=(0.3, 1.0, 4.0, 10.0, 30.0), dtypes=subject.backend.dtypes
+            ),
+        ),
+        check=_zeros_kept,
+        applies=_no_eps_kl,
+    ),
+    Claim(
+        name="status_per_matrix",
+        family="batch",
+        statement="NaN and +inf get nonfinite_input, a pattern without total support gets no_total_support, their "
+        "neighbour gets neither.",
+        reference="SPEC 7",
+        domain="stacks of four with one of each, n >= 2",
+        method="status codes compared",
+        provenance="sampled",
+        samples=lambda subject: _some(subject, batch=4, minimum=2),
+        check=_statuses,
+        applies=_reports,
+        effort=0.5,
+    ),
+)
+
+
+def _punch(sample: Sample) -> Sample:
+    """Set logits off a union of up to three permutations to -inf."""
+    count, size = sample.logits.shape[0], sample.logits.shape[-1]
+    rng = sample.rng()
+    keep = np.zeros(sample.logits.shape, dtype=bool)
+    for k in range(count):
+        for _ in range(int(rng.integers(1, 4))):
+            keep[k, np.arange(size), rng.permutation(size)] = True
+    return sample.with_logits(np.where(keep, sample.logits, -np.inf).astype(sample.logits.dtype))

@@ -1,0 +1,78 @@
+"""The list of claims: every statement that the library makes about its numbers, and the check that could refute it.
+
+>>> from proofs import claims
+>>> claims.by_name("last_side_exact").lemma
+'rownorm_sum'
+"""
+
+from __future__ import annotations
+
+from proofs import (
+    batch,
+    certificate,
+    closure,
+    decomposition,
+    euclidean,
+    gradients,
+    identity,
+    layer,
+    marginals,
+    parametrization,
+    rounding,
+    roundoff,
+    spectral_norm,
+)
+from proofs._claim import Claim, Observation, Provenance, Sample, worst, worst_of
+
+__all__ = [
+    "CLAIMS",
+    "PROJECTION_CLAIMS",
+    "Claim",
+    "Observation",
+    "Provenance",
+    "Sample",
+    "by_name",
+    "select",
+    "worst",
+    "worst_of",
+]
+
+CLAIMS: tuple[Claim, ...] = (
+    *marginals.CLAIMS,
+    *spectral_norm.CLAIMS,
+    *closure.CLAIMS,
+    *identity.CLAIMS,
+    *roundoff.CLAIMS,
+    *gradients.CLAIMS,
+    *batch.CLAIMS,
+    *euclidean.CLAIMS,
+    *certificate.CLAIMS,
+    *rounding.CLAIMS,
+    *decomposition.CLAIMS,
+    *parametrization.CLAIMS,
+    *layer.CLAIMS,
+)
+"""Every claim, by family."""
+
+PROJECTION_CLAIMS: tuple[Claim, ...] = tuple(claim for claim in CLAIMS if claim.kind == "projection")
+"""The claims that can be made of anybody's projection."""
+
+
+def by_name(name: str) -> Claim:
+    """Return one claim; ``ValueError`` lists the names that come close."""
+    for claim in CLAIMS:
+        if claim.name == name:
+            return claim
+    close = [claim.name for claim in CLAIMS if name and name in claim.name] or [claim.name for claim in CLAIMS]
+    raise ValueError(f"unknown claim {name!r}; there is {', '.join(close)}")
+
+
+def select(names: list[str] | None) -> tuple[Claim, ...]:
+    """Return the claims with these names, or of these families; all of them for ``None``."""
+    if not names:
+        return CLAIMS
+    chosen: list[Claim] = []
+    for name in names:
+        family = [claim for claim in CLAIMS if claim.family == name]
+        chosen.extend(family or [by_name(name)])
+    return tuple(chosen)

@@ -1,0 +1,139 @@
+"""Claims about the projection in the Euclidean (Frobenius) distance."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from proofs import strategies
+from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.measure import compute_roundoff, norm2, sums
+from proofs.subjects import Subject
+
+__all__ = ["CLAIMS"]
+
+TOLERANCE = 2e-6
+"""What the solver is asked for, with its own rounding."""
+
+
+def _euclidean(subject: Subject) -> str | None:
+    if subject.geometry != "euclidean":
+        return "projects in KL divergence"
+    return None
+
+
+def _scale(sample: Sample) -> np.ndarray:
+    size = sample.logits.shape[-1]
+    largest = np.max(np.abs(np.asarray(sample.logits, dtype=np.float64)), axis=(-2, -1))
+    return TOLERANCE + 64 * size * compute_roundoff(sample.dtype) * (1 + largest)
+
+
+def _feasible(subject: Subject, sample: Sample) -> Observation:
+    matrix = subject.matrix(sample)
+    error = np.maximum(np.abs(sums(matrix, "rows") - 1), np.abs(sums(matrix, "columns") - 1)).max(-1)
+    negative = np.where(matrix.min(axis=(-2, -1)) < 0, 2.0, 0.0)
+    norm = norm2(matrix) - 1
+    return worst_of(
+        (
+            worst(error, _scale(sample), "|sum - 1|"),
+            worst(negative, 1.0, "a negative entry"),
+            worst(norm, _scale(sample), "norm - 1"),
+        )
+    )
+
+
+def _variational(subject: Subject, sample: Sample) -> Observation:
+    wide = np.asarray(sample.logits, dtype=np.float64)
+    matrix = subject.matrix(sample)
+    size = wide.shape[-1]
+    vertices = np.stack([np.eye(size)[list(order)] for order in itertools.permutations(range(size))])
+    residual = wide - matrix
+    towards = np.einsum("bij,vij->bv", residual, vertices) - np.sum(residual * matrix, axis=(-2, -1))[:, None]
+    largest = 1 + np.max(np.abs(wide), axis=(-2, -1))
+    return worst(np.max(towards, axis=-1), size * largest * _scale(sample), "<G - P, V - P> over the permutations V")
+
+
+def _nonexpansive(subject: Subject, sample: Sample) -> Observation:
+    rng = sample.rng()
+    step = strategies.round_to(rng.standard_normal(sample.logits.shape), sample.dtype)
+    moved = sample.with_logits((sample.logits + step).astype(sample.logits.dtype))
+    given = np.asarray(moved.logits, dtype=np.float64) - np.asarray(sample.logits, dtype=np.float64)
+    before = np.sqrt(np.sum(given**2, axis=(-2, -1)))
+    after = np.sqrt(np.sum((subject.matrix(moved) - subject.matrix(sample)) ** 2, axis=(-2, -1)))
+    size = sample.logits.shape[-1]
+    return worst(after - before, 4 * size * (_scale(sample) + _scale(moved)), "|f(X) - f(Y)| - |X - Y|")
+
+
+def _idempotent(subject: Subject, sample: Sample) -> Observation:
+    matrix = subject.matrix(sample)
+    again = subject.matrix(sample.with_logits(matrix.astype(sample.logits.dtype)))
+    size = sample.logits.shape[-1]
+    return worst(np.max(np.abs(again - matrix), axis=(-2, -1)), 4 * size * _scale(sample), "|f(f(X)) - f(X)|")
+
+
+_DOMAIN = ("gaussian", "vertex", "triangular", "concentrated", "near_permutation", "constant", "circulant", "small")
+_SCALES = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="euclidean_is_doubly_stochastic",
+        family="euclidean",
+        statement="Entries >= 0, both sums within 2e-6 of 1, norm_2 <= 1 + 2e-6 (plus rounding of the input's size).",
+        reference="P19, SPEC 4",
+        domain="logits up to range 1e2, n <= 8",
+        method="compensated sums, singular values",
+        provenance="sampled",
+        lemma="dstoch_nonexpansive",
+        samples=lambda subject: strategies.samples(
+            generators=_DOMAIN, scales=_SCALES, sizes=(1, 2, 3, 4, 8), dtypes=subject.backend.dtypes
+        ),
+        check=_feasible,
+        applies=_euclidean,
+    ),
+    Claim(
+        name="euclidean_is_nearest",
+        family="euclidean",
+        statement="<G - P, V - P> <= 0 for every permutation matrix V, up to tolerance: no doubly stochastic matrix is "
+        "nearer to G than P.",
+        reference="P19, numerics 2.5",
+        domain="logits up to range 1e2, n <= 4",
+        method="all n! permutations",
+        provenance="sampled",
+        lemma="dstoch_convex",
+        lemmas=("dstoch_perm",),
+        samples=lambda subject: strategies.samples(
+            generators=_DOMAIN, scales=_SCALES, sizes=(1, 2, 3, 4), dtypes=subject.backend.dtypes
+        ),
+        check=_variational,
+        applies=_euclidean,
+    ),
+    Claim(
+        name="euclidean_is_nonexpansive",
+        family="euclidean",
+        statement="|f(X) - f(Y)|_F <= |X - Y|_F, up to tolerance.",
+        reference="P19, numerics 4.4",
+        domain="logits up to range 1e2, Gaussian differences",
+        method="Frobenius norms",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
+        ),
+        check=_nonexpansive,
+        applies=_euclidean,
+    ),
+    Claim(
+        name="euclidean_is_idempotent",
+        family="euclidean",
+        statement="f(f(X)) = f(X), up to tolerance.",
+        reference="P19",
+        domain="logits up to range 1e2, n <= 8",
+        method="largest entry of the difference",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
+        ),
+        check=_idempotent,
+        applies=_euclidean,
+    ),
+)

@@ -1,0 +1,251 @@
+"""Claims about gradients: the adjoint is the adjoint, finite, bounded, and orthogonal to what cannot matter."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proofs import strategies
+from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.measure import accuracy_allowance
+from proofs.subjects import Subject
+
+__all__ = ["CLAIMS"]
+
+
+def _offers(subject: Subject) -> str | None:
+    return None if subject.vjp is not None else "offers no gradient on this backend"
+
+
+def _smooth(subject: Subject) -> str | None:
+    return "kinks of the finish" if subject.finish != "none" else _offers(subject)
+
+
+def _known(subject: Subject) -> str | None:
+    if subject.vjp is None:
+        return "offers no gradient on this backend"
+    if subject.num_iters is None or subject.geometry != "kl":
+        return "its number of iterations is unknown, or it returns the limit"
+    return "rounded after the iteration" if subject.finish != "none" else None
+
+
+def _truncated(subject: Subject) -> str | None:
+    if subject.vjp is None:
+        return "offers no gradient on this backend"
+    if subject.geometry != "kl":
+        return "projects in the Euclidean distance"
+    if subject.eps is not None:
+        return "eps breaks the invariance"
+    return "the finish has its own derivative" if subject.finish != "none" else None
+
+
+def _upstream(sample: Sample) -> np.ndarray:
+    grad = sample.rng().standard_normal(sample.logits.shape)
+    return strategies.round_to(grad, sample.dtype).astype(np.float64)
+
+
+def _norms(values: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.sum(np.asarray(values, dtype=np.float64) ** 2, axis=(-2, -1)))
+
+
+def _dot_product(subject: Subject, sample: Sample) -> Observation:
+    grad = _upstream(sample)
+    pulled = subject.gradient(sample, grad)
+    rng = np.random.default_rng(sample.seed + 1)
+    scale = 16 * accuracy_allowance(sample.logits, sample.dtype) * _norms(grad)
+    seen = []
+    for _ in range(3):
+        direction = rng.standard_normal(sample.logits.shape)
+        pushed = subject.tangent(sample.logits, direction)
+        gap = np.abs(np.sum(grad * pushed, axis=(-2, -1)) - np.sum(pulled * direction, axis=(-2, -1)))
+        seen.append(worst(gap.astype(np.float64), scale * _norms(direction), "|<G, J V> - <J^T G, V>|"))
+    return worst_of(seen)
+
+
+def _orthogonal(subject: Subject, sample: Sample) -> Observation:
+    grad = _upstream(sample)
+    pulled = subject.gradient(sample, grad)
+    lines = np.sum(pulled, axis=-2 if subject.first == "columns" else -1)
+    allowed = 16 * accuracy_allowance(sample.logits, sample.dtype) * _norms(grad)
+    return worst(np.abs(lines), allowed[:, None], f"sum of the gradient over each of the {subject.first}")
+
+
+def _contracting(subject: Subject, sample: Sample) -> Observation:
+    grad = _upstream(sample)
+    pulled = subject.gradient(sample, grad)
+    slack = 1e-5 + 64 * accuracy_allowance(sample.logits, sample.dtype)
+    return worst(_norms(pulled) / _norms(grad), 0.5 + slack, "|J^T G| / |G|")
+
+
+def _finite(subject: Subject, sample: Sample) -> Observation:
+    pulled = subject.gradient(sample, _upstream(sample))
+    return worst(np.where(np.isfinite(pulled), 0.0, 2.0), 1.0, "an entry of the gradient is not finite")
+
+
+def _zero(subject: Subject, sample: Sample) -> Observation:
+    pulled = subject.gradient(sample, np.zeros(sample.logits.shape))
+    return worst(np.abs(pulled), 0.0, "gradient of a zero upstream")
+
+
+def _neighbours(subject: Subject, sample: Sample) -> Observation:
+    grad = _upstream(sample)
+    clean = subject.gradient(sample, grad)
+    at = int(sample.rng().integers(len(sample.logits)))
+    logits = sample.logits.copy()
+    logits[at, 0, 0] = np.nan
+    try:
+        dirty = subject.gradient(sample.with_logits(logits), grad)
+    except (ValueError, FloatingPointError):
+        return Observation(0.0, 1.0, at, "raised")
+    difference = np.abs(dirty - clean)
+    difference[at] = 0
+    allowed = 16 * accuracy_allowance(sample.logits, sample.dtype) * _norms(grad)
+    return worst(difference, allowed[:, None, None], "gradient next to a NaN matrix")
+
+
+def _twice(subject: Subject) -> str | None:
+    if subject.vjp is None or not subject.backend.differentiates:
+        return "its backend has no automatic differentiation"
+    if subject.converged:
+        return "the gradient of a limit is an adjoint of its own"
+    return "kinks of the finish" if subject.finish != "none" else None
+
+
+def _double(subject: Subject, sample: Sample) -> Observation:
+    grad = _upstream(sample)
+    rng = np.random.default_rng(sample.seed + 2)
+    direction, other = rng.standard_normal((2, *sample.logits.shape))
+    convert = subject.backend.asarray
+
+    def second(along: np.ndarray) -> np.ndarray:
+        result = subject.backend.second(
+            subject.function, subject.array(sample), convert(grad, sample.dtype), convert(along, sample.dtype)
+        )
+        return subject.backend.asnumpy(result)
+
+    try:
+        along, across = second(direction), second(other)
+    except (RuntimeError, NotImplementedError):
+        if subject.rebuild is not None:
+            raise
+        return Observation(0.0, 1.0, 0, "double backward raises, which is allowed")
+    scale = _norms(grad) * _norms(direction) * _norms(other)
+    allowed = 64 * accuracy_allowance(sample.logits, sample.dtype) * scale
+    symmetric = np.abs(np.sum(along * other, axis=(-2, -1)) - np.sum(across * direction, axis=(-2, -1)))
+    seen = [worst(symmetric, allowed, "|V^T H W - W^T H V|")]
+    step = 2.0**-14
+    ahead = subject.gradient(sample.with_logits(sample.logits + step * direction), grad)
+    behind = subject.gradient(sample.with_logits(sample.logits - step * direction), grad)
+    seen.append(
+        worst(np.abs((ahead - behind) / (2 * step) - along), 1e-6 * (scale + 1)[:, None, None], "|H V - difference|")
+    )
+    return worst_of(seen)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="adjoint_identity",
+        family="gradients",
+        statement="<G, J V> = <J^T G, V> within 16 accuracy allowances times |G| |V|, J the derivative of the "
+        "truncated iteration itself.",
+        reference="SPEC 6, P14",
+        domain="logits up to range 1e2, n <= 8",
+        method="J V by forward differentiation of the model in extended precision; three directions",
+        provenance="sampled",
+        lemma="normalised_adjoint",
+        lemmas=("normalised_difference",),
+        samples=lambda subject: strategies.samples(
+            scales=(0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 8.0, 10.0, 16.0, 24.0, 30.0), batch=8, dtypes=subject.backend.dtypes
+        ),
+        check=_dot_product,
+        applies=_known,
+    ),
+    Claim(
+        name="gradient_sums_vanish",
+        family="gradients",
+        statement="The gradient sums to 0 over every line of the side normalised first: constants there do not matter.",
+        reference="P14, numerics 4.4",
+        domain="finite logits up to range 1e2",
+        method="sums against 16 accuracy allowances times |G|",
+        provenance="sampled",
+        lemma="normalised_adjoint_orthogonal",
+        samples=lambda subject: strategies.samples(
+            scales=(0.1, 0.3, 1.0, 3.0, 8.0, 16.0, 30.0, 100.0), batch=8, dtypes=subject.backend.dtypes
+        ),
+        check=_orthogonal,
+        applies=_truncated,
+    ),
+    Claim(
+        name="gradient_halves_the_norm",
+        family="gradients",
+        statement="|J^T G|_F <= 1/2 |G|_F at the limit: 0 <= J <= I/2.",
+        reference="P14, numerics 4.4",
+        domain="logits in [-1/4, 1/4], at least 5 iterations",
+        method="Frobenius norms; 1e-5 and rounding allowed",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(generators=strategies.EASY, batch=8, dtypes=subject.backend.dtypes),
+        check=_contracting,
+        applies=_truncated,
+    ),
+    Claim(
+        name="gradient_is_finite",
+        family="gradients",
+        statement="Every entry of the gradient is finite.",
+        reference="P14",
+        domain="finite logits up to range 1e4",
+        method="looked at every entry",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            scales=(*strategies.SCALES, 3e3), batch=8, dtypes=subject.backend.dtypes
+        ),
+        check=_finite,
+        applies=_offers,
+    ),
+    Claim(
+        name="zero_upstream_gives_zero",
+        family="gradients",
+        statement="A zero upstream gradient gives exactly zero.",
+        reference="P14",
+        domain="finite logits up to range 1e3",
+        method="compared bit for bit",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(batch=4, dtypes=subject.backend.dtypes),
+        check=_zero,
+        applies=_offers,
+        effort=0.5,
+    ),
+    Claim(
+        name="bad_matrix_spares_other_gradients",
+        family="gradients",
+        statement="A NaN in one matrix leaves the gradients of the others as they were.",
+        reference="SPEC 7, P16",
+        domain="finite logits up to range 1e2, one entry replaced",
+        method="compared with the clean stack",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            scales=(0.1, 1.0, 3.0, 10.0, 30.0), batch=4, dtypes=subject.backend.dtypes
+        ),
+        check=_neighbours,
+        applies=_smooth,
+        effort=0.5,
+    ),
+    Claim(
+        name="double_backward_works",
+        family="gradients",
+        statement="Second derivatives are symmetric and match differences of the gradient (a function of yours may "
+        "instead raise).",
+        reference="SPEC 6, P14",
+        domain="float64 logits of std <= 2, n <= 4",
+        method="two Hessian-vector products and a central difference of step 2^-14",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            generators=("gaussian", "small", "circulant"),
+            scales=(0.3, 1.0, 2.0),
+            sizes=(2, 3, 4),
+            batch=2,
+            dtypes=("float64",),
+        ),
+        check=_double,
+        applies=_twice,
+        effort=0.25,
+    ),
+)

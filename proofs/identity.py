@@ -1,0 +1,379 @@
+"""Claims about symmetry and special inputs: what the map must do when the answer is known in advance."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proofs import model, strategies
+from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.closure import last_side_exact
+from proofs.measure import accuracy_allowance, marginal_allowance, sums
+from proofs.subjects import Subject
+
+__all__ = ["CLAIMS"]
+
+
+def _kl(subject: Subject) -> str | None:
+    return None if subject.geometry == "kl" else "projects in the Euclidean distance"
+
+
+def _undamped(subject: Subject) -> str | None:
+    if subject.geometry != "kl":
+        return "projects in the Euclidean distance"
+    return None if subject.eps is None else "eps moves the fixed point"
+
+
+def _two_sided(subject: Subject, sample: Sample, other: np.ndarray) -> np.ndarray:
+    """Both runs are within the accuracy contract of one exact value, so they differ by at most its double."""
+    slack = accuracy_allowance(sample.logits, sample.dtype) + accuracy_allowance(other, sample.dtype)
+    factor = 4.0 if subject.finish != "none" or subject.geometry != "kl" else 1.0
+    return factor * slack[:, None, None]
+
+
+def _single(subject: Subject, sample: Sample) -> Observation:
+    if subject.eps is not None:
+        allowed = 4 * max(subject.eps)
+    else:
+        allowed = 0.0
+    return worst(np.abs(subject.matrix(sample) - 1), allowed, "|entry - 1|")
+
+
+def _uniform(subject: Subject, sample: Sample) -> Observation:
+    size = sample.logits.shape[-1]
+    allowed = accuracy_allowance(sample.logits, sample.dtype) + marginal_allowance(size, sample.dtype)
+    if subject.eps is not None:
+        allowed = allowed + 4 * max(subject.eps)
+    return worst(np.abs(subject.matrix(sample) - 1 / size), allowed[:, None, None], "|entry - 1/n|")
+
+
+def _identity(subject: Subject, sample: Sample) -> Observation:
+    size = sample.logits.shape[-1]
+    seen = []
+    for height in (2.0, 8.0, 20.0, 60.0, 200.0, 1000.0):
+        scaled = sample.with_logits((height * np.eye(size)[None]).astype(sample.logits.dtype))
+        known = np.full((size, size), np.exp(-height))
+        np.fill_diagonal(known, 1.0)
+        known /= 1 + (size - 1) * np.exp(-height)
+        allowed = accuracy_allowance(scaled.logits, sample.dtype)[0] + marginal_allowance(size, sample.dtype)
+        if subject.eps is not None:
+            allowed += 2 * size * max(subject.eps)
+        seen.append(
+            worst(np.abs(subject.matrix(scaled) - known), allowed, f"distance from the answer at c = {height:g}")
+        )
+        # exp(-200) is below the smallest float32 and 1 + exp(-200) is 1: I itself, to the last bit
+        if subject.eps is None and height >= 200 and sample.dtype == "float32":
+            seen.append(
+                worst(np.abs(subject.matrix(scaled) - np.eye(size)), marginal_allowance(size, sample.dtype), "I")
+            )
+    return worst_of(seen)
+
+
+def _constants_kept(subject: Subject, sample: Sample) -> Observation:
+    matrix = subject.matrix(sample)
+    size = sample.logits.shape[-1]
+    streams = sample.rng().standard_normal(size)
+    allowed = marginal_allowance(size, sample.dtype) + 2 * size * 2.0**-53
+    if subject.finish == "exact":
+        allowed += 3 * marginal_allowance(size, sample.dtype)
+    if subject.last == "rows":
+        moved = matrix @ np.full(size, streams[0]) - streams[0]
+        return worst(np.abs(moved), allowed * abs(streams[0]), "equal streams moved apart")
+    moved = np.mean(matrix @ streams, axis=-1) - np.mean(streams)
+    return worst(np.abs(moved), allowed * np.mean(np.abs(streams)), "mean over streams moved")
+
+
+def _permuted(subject: Subject, sample: Sample) -> Observation:
+    size = sample.logits.shape[-1]
+    rng = sample.rng()
+    rows, columns = rng.permutation(size), rng.permutation(size)
+    shuffled = sample.with_logits(np.ascontiguousarray(sample.logits[:, rows][:, :, columns]))
+    direct = subject.matrix(sample)[:, rows][:, :, columns]
+    return worst(
+        np.abs(subject.matrix(shuffled) - direct), _two_sided(subject, sample, sample.logits), "|f(PXQ) - P f(X) Q|"
+    )
+
+
+def _has_dual(subject: Subject) -> str | None:
+    return None if subject.rebuild is not None else "its order is not ours to choose"
+
+
+def _transposed(subject: Subject, sample: Sample) -> Observation:
+    flipped = sample.with_logits(np.ascontiguousarray(np.swapaxes(sample.logits, -1, -2)))
+    other = np.swapaxes(subject.dual().matrix(flipped), -1, -2)
+    return worst(
+        np.abs(subject.matrix(sample) - other), _two_sided(subject, sample, sample.logits), "|f(X) - f*(X^T)^T|"
+    )
+
+
+def _on_grid(sample: Sample) -> Sample:
+    """Logits rounded to multiples of 1/64 below 2^9, so that integer shifts up to 2^10 add without rounding."""
+    return sample.with_logits(np.clip(np.round(sample.logits * 64) / 64, -512, 512).astype(sample.logits.dtype))
+
+
+def _first_shift(subject: Subject, sample: Sample) -> Observation:
+    sample = _on_grid(sample)
+    size = sample.logits.shape[-1]
+    shift = sample.rng().integers(-1000, 1001, (1, size)).astype(sample.logits.dtype)
+    spread = shift[:, None, :] if subject.first == "columns" else shift[:, :, None]
+    moved = sample.with_logits(sample.logits + spread)
+    difference = np.abs(subject.matrix(moved) - subject.matrix(sample))
+    return worst(difference, _two_sided(subject, sample, moved.logits), f"constants added to {subject.first}")
+
+
+def _truncated_or_damped(subject: Subject) -> str | None:
+    if subject.geometry != "kl":
+        return "projects in the Euclidean distance"
+    if subject.eps is not None:
+        return "the softmax start normalises, then eps breaks the invariance"
+    return None
+
+
+def _both_shifts(subject: Subject, sample: Sample) -> Observation:
+    size = sample.logits.shape[-1]
+    grid = sample.with_logits((np.round(sample.logits * 1024) / 1024).astype(sample.logits.dtype))
+    shift = sample.rng().integers(-8, 9, 2 * size)
+    moved = grid.with_logits(
+        (grid.logits + shift[None, :size, None] + shift[None, None, size:]).astype(sample.logits.dtype)
+    )
+    difference = np.abs(subject.matrix(moved) - subject.matrix(grid))
+    return worst(difference, 2e-5 + _two_sided(subject, grid, moved.logits), "constants added to rows and columns")
+
+
+def _fixed_point(subject: Subject, sample: Sample) -> Observation:
+    rng, size = sample.rng(), sample.logits.shape[-1]
+    mixture = np.full((size, size), 0.2 / size)
+    for weight in 0.8 * rng.dirichlet(np.ones(size)):
+        mixture[np.arange(size), rng.permutation(size)] += weight
+    given = sample.with_logits(strategies.round_to(np.log(mixture)[None], sample.dtype))
+    # rounding of the logits moves the matrix by u |log p| relative, hence the second term
+    allowed = accuracy_allowance(given.logits, sample.dtype) * (2 + np.max(np.abs(given.logits)))
+    if subject.eps is not None:
+        allowed = allowed + 4 * size * max(subject.eps)
+    return worst(np.abs(subject.matrix(given) - mixture), allowed[:, None, None], "|f(log P) - P|")
+
+
+def _closed_two(subject: Subject, sample: Sample) -> Observation:
+    wide = np.asarray(sample.logits, dtype=np.float64)
+    theta = wide[:, 0, 0] + wide[:, 1, 1] - wide[:, 0, 1] - wide[:, 1, 0]
+    known = 1 / (1 + np.exp(-theta / 2))
+    stack = np.stack([np.stack([known, 1 - known], -1), np.stack([1 - known, known], -1)], -2)
+    allowed = 1e-5 + 2 * accuracy_allowance(sample.logits, sample.dtype)
+    return worst(np.abs(subject.matrix(sample) - stack), allowed[:, None, None], "|P - sigmoid(theta/2)|")
+
+
+def _circulant(subject: Subject, sample: Sample) -> Observation:
+    wide = np.asarray(sample.logits, dtype=np.longdouble)
+    line = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    known = (line / line.sum(axis=-1, keepdims=True)).astype(np.float64)
+    allowed = 2 * accuracy_allowance(sample.logits, sample.dtype)
+    return worst(np.abs(subject.matrix(sample) - known), allowed[:, None, None], "|P - softmax of a row|")
+
+
+def _gap(subject: Subject, sample: Sample) -> Observation:
+    matrix = subject.matrix(sample)
+    wide = np.asarray(sample.logits, dtype=np.float64)
+    size = wide.shape[-1]
+    diagonal = np.diagonal(wide, axis1=-2, axis2=-1)
+    off = np.where(np.eye(size, dtype=bool), -np.inf, wide)
+    gap = np.min(diagonal[:, :, None] - off, axis=(-2, -1)) if size > 1 else np.zeros(len(wide))
+    lost = np.mean(1 - np.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)
+    residual = np.max(np.abs(sums(matrix, subject.first) - 1), axis=-1)
+    bound = (size - 1) * np.exp(1 - gap) + accuracy_allowance(sample.logits, sample.dtype) + 2 * residual
+    if subject.eps is not None:
+        bound = bound + 2 * size * max(subject.eps)
+    near = (gap > 0) & (residual <= 1e-6)
+    return worst(np.where(near, lost, 0.0), np.where(near, bound, 1.0), "mean (1 - A_ii) at the limit")
+
+
+def _easy_limit(subject: Subject, sample: Sample) -> Observation:
+    known = model.limit(sample.logits, max_iters=60)
+    allowed = 1e-5 + 2 * accuracy_allowance(sample.logits, sample.dtype)
+    return worst(np.abs(subject.matrix(sample) - known), allowed[:, None, None], "distance from the KL projection")
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="one_by_one_is_one",
+        family="identity",
+        statement="n = 1 gives exactly 1.0 (with eps: within 4 eps).",
+        reference="SPEC 2, 5, P10",
+        domain="any finite logit up to 1e4",
+        method="compared bit for bit",
+        provenance="sampled",
+        lemma="rowst_n1",
+        samples=lambda subject: strategies.samples(
+            sizes=(1,), scales=(*strategies.SCALES, 1e4), dtypes=(*subject.backend.dtypes, *subject.backend.halves)
+        ),
+        check=_single,
+    ),
+    Claim(
+        name="rank_one_gives_uniform",
+        family="identity",
+        statement="Constant logits give 1/n in every entry, and so do logits a_i + b_j without eps.",
+        reference="P10",
+        domain="constants up to 1e3; rank one up to range 1e2",
+        method="compared with 1/n within the accuracy contract",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            generators=("constant",) if subject.eps is not None else ("constant", "rank_one"),
+            scales=(0.1, 1.0, 4.0, 10.0, 24.0),
+            dtypes=subject.backend.dtypes,
+        ),
+        check=_uniform,
+        applies=_kl,
+    ),
+    Claim(
+        name="large_diagonal_gives_identity",
+        family="identity",
+        statement="Logits c I give e^c/(e^c + n - 1) on the diagonal; c -> infinity gives I.",
+        reference="SPEC 5",
+        domain="c in {2, 8, 20, 60, 200, 1000}, n <= 8",
+        method="compared with the closed form within the accuracy contract",
+        provenance="sampled",
+        lemma="dstoch1",
+        samples=lambda subject: strategies.samples(generators=("constant",), batch=1, sizes=(1, 2, 3, 4, 8)),
+        check=_identity,
+        applies=_kl,
+        effort=0.5,
+    ),
+    Claim(
+        name="equal_streams_or_mean_kept",
+        family="identity",
+        statement="Rows last: equal streams stay equal. Columns last: the mean over streams is conserved. Both within "
+        "(n+1) u of the values.",
+        reference="SPEC 1, 5, P13",
+        domain="finite logits up to range 1e3",
+        method="matrix-vector products in float64",
+        provenance="sampled",
+        lemma="rowst_const",
+        lemmas=("colst_mean",),
+        samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
+        check=_constants_kept,
+        applies=last_side_exact,
+    ),
+    Claim(
+        name="permutation_equivariance",
+        family="identity",
+        statement="f(P X Q) = P f(X) Q within twice the accuracy contract.",
+        reference="SPEC 5, P3",
+        domain="finite logits up to range 1e3",
+        method="random row and column permutations",
+        provenance="sampled",
+        lemma="sk_permute",
+        lemmas=("rownorm_permute", "colnorm_permute"),
+        samples=lambda subject: strategies.samples(),
+        check=_permuted,
+    ),
+    Claim(
+        name="transpose_duality",
+        family="identity",
+        statement="Exchanging rows and columns of the input and of the order transposes the result.",
+        reference="SPEC 3, 5, P4",
+        domain="finite logits up to range 1e3",
+        method="the same method with the other order on the transposed input",
+        provenance="sampled",
+        lemma="sk_transpose",
+        lemmas=("rownorm_tr", "colnorm_tr"),
+        samples=lambda subject: strategies.samples(),
+        check=_transposed,
+        applies=_has_dual,
+    ),
+    Claim(
+        name="first_side_shift_invariance",
+        family="identity",
+        statement="Adding a constant to each line of the side normalised first changes nothing, after any number of "
+        "iterations.",
+        reference="SPEC 3, 5, P5",
+        domain="logits on a grid of 1/64 up to 512, integer shifts up to 1000 (so that adding is exact)",
+        method="difference against twice the accuracy contract",
+        provenance="sampled",
+        lemma="colnorm_scale",
+        lemmas=("rownorm_scale",),
+        samples=lambda subject: strategies.samples(scales=(0.3, 1.0, 3.0, 8.0, 16.0)),
+        check=_first_shift,
+        applies=_truncated_or_damped,
+    ),
+    Claim(
+        name="both_sides_shift_invariance",
+        family="identity",
+        statement="Adding constants to rows and columns changes nothing in the limit.",
+        reference="SPEC 5, P5, P6",
+        domain="logits in [-1/4, 1/4], integer shifts up to 8, at least 5 iterations",
+        method="difference against 2e-5 plus rounding",
+        provenance="sampled",
+        lemma="rownorm_scale",
+        lemmas=("colnorm_scale", "cross_rownorm", "cross_colnorm"),
+        samples=lambda subject: strategies.samples(generators=strategies.EASY),
+        check=_both_shifts,
+        applies=_undamped,
+    ),
+    Claim(
+        name="doubly_stochastic_is_fixed",
+        family="identity",
+        statement="f(log P) = P for a doubly stochastic P, within the accuracy contract and the rounding of log P.",
+        reference="P7, numerics 5 (iii)",
+        domain="random mixtures of permutations with 20 % uniform",
+        method="mixtures whose weights are exact sums of float64",
+        provenance="sampled",
+        lemma="sk_fix",
+        lemmas=("dstoch_convex", "dstoch_perm"),
+        samples=lambda subject: strategies.samples(generators=("constant",), batch=1),
+        check=_fixed_point,
+        applies=_kl,
+    ),
+    Claim(
+        name="two_by_two_closed_form",
+        family="identity",
+        statement="n = 2 has the limit [[a, 1-a], [1-a, a]], a = sigmoid((x11 + x22 - x12 - x21)/2).",
+        reference="SPEC 4, P10, numerics 2.2",
+        domain="logits in [-1/4, 1/4], at least 5 iterations",
+        method="difference against 1e-5 plus rounding",
+        provenance="sampled",
+        lemma="two_closed_form",
+        lemmas=("dstoch2",),
+        samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2,)),
+        check=_closed_two,
+        applies=_kl,
+    ),
+    Claim(
+        name="circulant_in_one_step",
+        family="identity",
+        statement="Circulant logits give the softmax of each row, after any number of iterations.",
+        reference="P10",
+        domain="circulants up to logit std 100",
+        method="compared with the softmax in extended precision within twice the accuracy contract",
+        provenance="sampled",
+        lemma="circulant_dstoch",
+        samples=lambda subject: strategies.samples(
+            generators=("circulant",), scales=tuple(s for s in strategies.SCALES if s <= 100)
+        ),
+        check=_circulant,
+        applies=_undamped,
+    ),
+    Claim(
+        name="diagonal_gap",
+        family="identity",
+        statement="If every diagonal logit exceeds its row by g, the limit has mean(1 - A_ii) <= (n-1) e^(1-g).",
+        reference="P12, numerics 3.3",
+        domain="dominant diagonals with g > 0 whose open side is within 1e-6 of 1",
+        method="twice the remaining error of the open side is added",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            generators=("diagonal",), scales=(1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0), sizes=(2, 3, 4, 8)
+        ),
+        check=_gap,
+        applies=_kl,
+    ),
+    Claim(
+        name="kl_projection_of_small_logits",
+        family="identity",
+        statement="The result is within 1e-5 of the doubly stochastic matrix nearest to exp(logits) in KL divergence.",
+        reference="SPEC 4, numerics 2.5",
+        domain="logits in [-1/4, 1/4], at least 5 iterations",
+        method="compared with 60 iterations in float64",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
+        check=_easy_limit,
+        applies=_kl,
+    ),
+)

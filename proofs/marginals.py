@@ -1,0 +1,256 @@
+"""Claims about sums and entries: which side is exact, what is reported, how the open side falls."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proofs import strategies
+from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.measure import accuracy_allowance, compute_roundoff, marginal_allowance, sums
+from proofs.subjects import Subject
+
+__all__ = ["CLAIMS"]
+
+
+def _normalised_last(subject: Subject) -> str | None:
+    if subject.geometry != "kl":
+        return "a Euclidean projection normalises no side"
+    if subject.eps is not None:
+        return "eps is added to every divisor, so no side is exact by design"
+    if subject.finish == "nonexpansive":
+        return "the non-expansive finish shrinks both sides below 1"
+    return None
+
+
+def _last_side(subject: Subject, sample: Sample) -> Observation:
+    deviation = np.abs(sums(subject.matrix(sample), subject.last) - 1)
+    size = sample.logits.shape[-1]
+    extra = 3 * compute_roundoff(sample.dtype) if subject.finish == "exact" else 0.0
+    return worst(deviation, marginal_allowance(size, sample.dtype) + extra, f"|{subject.last} sum - 1|")
+
+
+def _entries(subject: Subject, sample: Sample) -> Observation:
+    matrix = subject.matrix(sample)
+    allowed = marginal_allowance(sample.logits.shape[-1], sample.dtype)
+    if subject.finish == "exact" or subject.geometry == "euclidean":
+        allowed += 6 * compute_roundoff(sample.dtype)
+    too_large = np.where(np.isfinite(matrix), matrix - 1, np.inf)
+    below_zero = np.where(matrix < 0, np.inf, 0.0)
+    return worst(np.maximum(too_large, below_zero), allowed, "entry above 1, below 0 or not finite")
+
+
+def _shrunk(subject: Subject, sample: Sample) -> Observation:
+    total = sums(subject.matrix(sample), subject.last)
+    return worst(total - 1, marginal_allowance(sample.logits.shape[-1], sample.dtype), f"{subject.last} sum above 1")
+
+
+def _needs_eps(subject: Subject) -> str | None:
+    return None if subject.eps is not None else "adds no eps to its divisors"
+
+
+def _converges_easily(subject: Subject, sample: Sample) -> Observation:
+    matrix = subject.matrix(sample)
+    error = np.maximum(np.max(np.abs(sums(matrix, "rows") - 1), -1), np.max(np.abs(sums(matrix, "columns") - 1), -1))
+    size = sample.logits.shape[-1]
+    slack = 2 * size * accuracy_allowance(sample.logits, sample.dtype)
+    return worst(error, 1e-5 + slack, "largest marginal error")
+
+
+def _kl_only(subject: Subject) -> str | None:
+    return None if subject.geometry == "kl" else "projects in the Euclidean distance"
+
+
+def _has_projection(subject: Subject) -> str | None:
+    return None if subject.project is not None else "returns a matrix only, no report of its errors"
+
+
+def _honest(subject: Subject, sample: Sample) -> Observation:
+    assert subject.project is not None
+    result = subject.project(subject.array(sample))
+    matrix = subject.backend.asnumpy(result.matrix)
+    slack = marginal_allowance(sample.logits.shape[-1], sample.dtype)
+    seen = []
+    for side, reported in (("rows", result.row_error), ("columns", result.column_error)):
+        true = np.max(np.abs(sums(matrix, side) - 1), axis=-1)
+        shortfall = np.abs(true - subject.backend.asnumpy(reported))
+        seen.append(worst(shortfall, slack, f"|reported - true error| of the {side}"))
+    return worst_of(seen)
+
+
+def _can_rebuild(subject: Subject) -> str | None:
+    if subject.geometry != "kl":
+        return "projects in the Euclidean distance"
+    if subject.rebuild is None:
+        return "its number of iterations is not ours to choose"
+    if subject.num_iters is None:
+        return "returns the limit, not an iterate"
+    if subject.eps is not None:
+        return "a damped recurrence is not alternating normalisation"
+    if subject.finish != "none":
+        return "rounded after the iteration"
+    return None
+
+
+_COUNTS = (1, 2, 3, 5, 8, 13, 20)
+
+
+def _monotone(subject: Subject, sample: Sample) -> Observation:
+    size = sample.logits.shape[-1]
+    slack = 2 * size * size * accuracy_allowance(sample.logits, sample.dtype)
+    before, seen = None, []
+    for count in _COUNTS:
+        error = np.sum(np.abs(sums(subject.at(count).matrix(sample), subject.first) - 1), axis=-1)
+        if before is not None:
+            seen.append(worst(error - before, slack, f"rise of the L1 error up to {count} iterations"))
+        before = error
+    return worst_of(seen)
+
+
+def _hilbert_rate(subject: Subject, sample: Sample) -> Observation:
+    wide = np.asarray(sample.logits, dtype=np.float64)
+    cross = (
+        wide[:, :, None, :, None] + wide[:, None, :, None, :] - wide[:, :, None, None, :] - wide[:, None, :, :, None]
+    )
+    contraction = np.tanh(np.max(cross, axis=(1, 2, 3, 4)) / 4) ** 2
+    size = sample.logits.shape[-1]
+    before, seen = None, []
+    for count in (1, 2, 3, 4):
+        total = sums(subject.at(count).matrix(sample), subject.first)
+        # a sum of positive terms is as relatively accurate as its terms; rows of a column-exact matrix stay above 1/e^R
+        slack = 4 * size * accuracy_allowance(sample.logits, sample.dtype) / np.min(total, axis=-1)
+        spread = np.log(np.max(total, axis=-1) / np.min(total, axis=-1))
+        if before is not None:
+            seen.append(worst(spread - contraction * before, slack, f"Hilbert error against kappa^2 at {count}"))
+        before = spread
+    return worst_of(seen)
+
+
+def _two_by_two(subject: Subject, sample: Sample) -> Observation:
+    seen = []
+    for count in (1, 2, 5, 10, 20, 50):
+        error = np.max(np.abs(sums(subject.at(count).matrix(sample), subject.first) - 1), axis=-1)
+        allowed = 1 / (2 * count) + 2 * accuracy_allowance(sample.logits, sample.dtype)
+        seen.append(worst(error, allowed, f"open side after {count} iterations"))
+    return worst_of(seen)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="last_side_exact",
+        family="marginals",
+        statement="Every sum of the side that is normalised last is within (n+1) u of 1 (plus one cast where the "
+        "result is stored in half precision; 3 u more after the exact finish).",
+        reference="SPEC 5, P1, P17",
+        domain="finite logits up to range 1e4, any num_iters >= 1, n <= 32",
+        method="compensated sums of the stored entries",
+        provenance="sampled",
+        lemma="rownorm_sum",
+        lemmas=("colnorm_sum", "sk_rows_last_iter", "normalised_sum_upper", "normalised_sum_lower"),
+        samples=lambda subject: strategies.samples(
+            sizes=(1, 2, 3, 4, 5, 8, 16, 32),
+            scales=(*strategies.SCALES, 3e3),
+            dtypes=(*subject.backend.dtypes, *subject.backend.halves),
+        ),
+        check=_last_side,
+        applies=_normalised_last,
+    ),
+    Claim(
+        name="entries_in_unit_interval",
+        family="marginals",
+        statement="Every entry is finite, >= 0 and <= 1 + (n+1) u: no NaN and no overflow at any range.",
+        reference="SPEC 5",
+        domain="finite logits up to range 1e4 and up to 3e38 in magnitude (float32), n <= 16",
+        method="maximum over the stored entries",
+        provenance="sampled",
+        lemma="sk_iter",
+        lemmas=("rownorm_pos", "colnorm_pos", "rowst_le1"),
+        samples=lambda subject: strategies.samples(
+            sizes=(1, 2, 3, 4, 8, 16),
+            scales=(*strategies.SCALES, 3e3, 1e4),
+            dtypes=(*subject.backend.dtypes, *subject.backend.halves),
+        ),
+        check=_entries,
+    ),
+    Claim(
+        name="damped_side_below_one",
+        family="marginals",
+        statement="With eps in every divisor the side normalised last sums to at most 1 + (n+1) u.",
+        reference="SPEC 3 (DEEPSEEK_V4), numerics 3.2",
+        domain="finite logits up to range 1e3",
+        method="compensated sums of the stored entries",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(),
+        check=_shrunk,
+        applies=_needs_eps,
+    ),
+    Claim(
+        name="small_logits_converge",
+        family="marginals",
+        statement="Both marginal errors are at most 1e-5 plus rounding.",
+        reference="numerics 2.2, 3.1",
+        domain="logits in [-1/4, 1/4], at least 5 iterations",
+        method="compensated sums of the stored entries",
+        provenance="sampled",
+        lemma="fix_dstoch",
+        samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
+        check=_converges_easily,
+        applies=_kl_only,
+    ),
+    Claim(
+        name="reported_error_is_true",
+        family="marginals",
+        statement="row_error and column_error equal the errors of the returned matrix, within (n+1) u, per matrix.",
+        reference="SPEC 7, P2",
+        domain="finite logits up to range 1e3",
+        method="recomputed from the stored entries",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
+        check=_honest,
+        applies=_has_projection,
+    ),
+    Claim(
+        name="open_side_never_rises",
+        family="marginals",
+        statement="The L1 error of the side normalised first does not rise from 1 to 2, 3, 5, 8, 13, 20 iterations.",
+        reference="P8, numerics 6",
+        domain="finite logits up to range 1e3",
+        method="compensated sums; 2 n^2 accuracy allowances of slack",
+        provenance="sampled",
+        lemma="l1_error_decreases",
+        samples=lambda subject: strategies.samples(batch=8),
+        check=_monotone,
+        applies=_can_rebuild,
+        effort=0.5,
+    ),
+    Claim(
+        name="hilbert_contraction",
+        family="marginals",
+        statement="Each iteration multiplies log(max sum / min sum) of the open side by at most tanh(D/4)^2, D the "
+        "largest log cross ratio of the input.",
+        reference="P9, Birkhoff 1957, numerics 2.2",
+        domain="logits of range <= 8, n <= 5",
+        method="four successive iterates",
+        provenance="sampled",
+        lemma="cross_rownorm",
+        lemmas=("cross_colnorm",),
+        samples=lambda subject: strategies.samples(
+            generators=("gaussian", "small", "diagonal"), scales=(0.1, 0.3, 0.6), sizes=(2, 3, 4, 5), batch=8
+        ),
+        check=_hilbert_rate,
+        applies=_can_rebuild,
+        effort=0.5,
+    ),
+    Claim(
+        name="two_by_two_error_below_1_over_2k",
+        family="marginals",
+        statement="For n = 2 the open side is within 1/(2k) of 1 after k iterations.",
+        reference="P9, numerics 2.1",
+        domain="n = 2, any finite logits up to range 1e3",
+        method="k = 1, 2, 5, 10, 20, 50",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(sizes=(2,), batch=16),
+        check=_two_by_two,
+        applies=_can_rebuild,
+        effort=0.5,
+    ),
+)

@@ -1,0 +1,121 @@
+"""Measuring instruments of the claims: sums without rounding, allowances, norms beyond double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from proofs.rational import norm_at_most, norm_below
+
+__all__ = [
+    "accuracy_allowance",
+    "compute_roundoff",
+    "logit_range",
+    "marginal_allowance",
+    "norm2",
+    "norms_at_most",
+    "norms_below",
+    "storage_error",
+    "sums",
+]
+
+_COMPUTE = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-24, "bfloat16": 2.0**-24}
+_STORE = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+
+
+def compute_roundoff(dtype: str) -> float:
+    """Return u of the arithmetic: half precisions are computed in float32."""
+    return _COMPUTE[dtype]
+
+
+def storage_error(dtype: str) -> float:
+    """Return the relative error of casting a result to its dtype; 0 where nothing is cast."""
+    return _STORE[dtype]
+
+
+def sums(matrix: np.ndarray, side: str) -> np.ndarray:
+    """Return row or column sums with an error far below one float64 rounding.
+
+    Parameters
+    ----------
+    matrix : numpy.ndarray, shape (..., n, n)
+    side : {"rows", "columns"}
+
+    Notes
+    -----
+    Neumaier's compensated summation: twice the working precision, in standard float64.
+    """
+    wide = np.asarray(matrix, dtype=np.float64)
+    terms = np.moveaxis(wide, -1 if side == "rows" else -2, 0)
+    if terms.shape[0] == 0:
+        return np.zeros(terms.shape[1:])
+    total, lost = terms[0].copy(), np.zeros_like(terms[0])
+    with np.errstate(invalid="ignore", over="ignore"):
+        for term in terms[1:]:
+            new = total + term
+            lost += np.where(np.abs(total) >= np.abs(term), (total - new) + term, (term - new) + total)
+            total = new
+        return total + lost
+
+
+def logit_range(logits: np.ndarray) -> np.ndarray:
+    """Return max - min over the finite logits of each matrix, shape (B,)."""
+    wide = np.asarray(logits, dtype=np.float64)
+    finite = np.isfinite(wide)
+    top = np.max(np.where(finite, wide, -np.inf), axis=(-2, -1), initial=-np.inf)
+    bottom = np.min(np.where(finite, wide, np.inf), axis=(-2, -1), initial=np.inf)
+    return np.where(top >= bottom, top - bottom, 0.0)
+
+
+def accuracy_allowance(logits: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the accuracy contract 4 n u max(1, range/16), with the cast to the stored dtype, shape (B,)."""
+    size = logits.shape[-1]
+    contract = 4 * size * _COMPUTE[dtype] * np.maximum(1.0, logit_range(logits) / 16)
+    return contract + (1 + contract) * _STORE[dtype] + _TINY[dtype]
+
+
+def marginal_allowance(size: int, dtype: str) -> float:
+    """Return (n+1) u, with the cast to the stored dtype and flushed subnormals."""
+    return (size + 1) * _COMPUTE[dtype] + (1 + (size + 1) * _COMPUTE[dtype]) * _STORE[dtype] + size * _TINY[dtype]
+
+
+def norm2(matrix: np.ndarray) -> np.ndarray:
+    """Return the largest singular value, float64 LAPACK, shape (...,)."""
+    return np.linalg.norm(np.asarray(matrix, dtype=np.float64), ord=2, axis=(-2, -1))
+
+
+def norms_at_most(matrices: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Decide ``norm_2 <= bound`` for a stack of stored floats, shape (B,), without rounding."""
+    return _decide(matrices, bounds, norm_at_most)
+
+
+def norms_below(matrices: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Decide ``norm_2 < bound`` for a stack of stored floats, shape (B,), without rounding."""
+    return _decide(matrices, bounds, norm_below)
+
+
+def _decide(matrices: np.ndarray, bounds: np.ndarray, exactly: Callable[[np.ndarray, float], bool]) -> np.ndarray:
+    """Eliminate ``bound^2 I - A^T A`` in extended precision; what that cannot decide goes to the rationals."""
+    wide = np.asarray(matrices, dtype=np.longdouble)
+    limits = np.asarray(bounds, dtype=np.longdouble)
+    eps, size = np.finfo(np.longdouble).eps, wide.shape[-1]
+    definite, undecided = np.ones(len(wide), dtype=bool), ~np.isfinite(limits)
+    with np.errstate(all="ignore"):
+        gram = -np.einsum("bki,bkj->bij", wide, wide)
+        diagonal = np.arange(size)
+        gram[:, diagonal, diagonal] += (limits**2)[:, None]
+        error = 64 * size * eps * np.maximum(limits**2, np.max(np.abs(gram), axis=(1, 2), initial=0))
+        for k in range(size):
+            pivot = gram[:, k, k]
+            undecided |= definite & ~(np.abs(pivot) > error)
+            definite &= pivot > 0
+            factors = gram[:, k, k + 1 :] / np.where(pivot == 0, np.longdouble(1), pivot)[:, None]
+            gram[:, k + 1 :, k + 1 :] -= factors[:, :, None] * gram[:, k, None, k + 1 :]
+            error = error * (1 + np.max(np.abs(factors), axis=1, initial=0) ** 2)  # what an error of a pivot becomes
+    if eps > 1e-18:  # no extended precision on this machine
+        undecided[:] = True
+    for index in np.flatnonzero(undecided):
+        definite[index] = exactly(matrices[index], float(bounds[index]))
+    return definite

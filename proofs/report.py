@@ -1,0 +1,202 @@
+"""Reports of outcomes: a table to read, JSON to replay, JUnit XML for a build server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from proofs._claim import Sample
+from proofs.runner import Outcome
+
+__all__ = ["describe", "load_failures", "print_failures", "print_table", "write_json", "write_junit"]
+
+_STYLE = {"holds": "green", "broken": "bold red", "not claimed": "dim"}
+
+
+def print_table(console: Console, outcomes: Sequence[Outcome], *, detail: bool = False) -> None:
+    """Print what was seen of every claim, all subjects together; with `detail` also of each subject."""
+    table = Table(header_style="bold", pad_edge=False)
+    table.add_column("claim: domain; method", overflow="fold", ratio=1)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("examples", justify="right", no_wrap=True)
+    table.add_column("worst seen / allowed", overflow="fold", max_width=34)
+    family = None
+    for group in _by_claim(outcomes):
+        claim = group[0].claim
+        if claim.family != family:
+            table.add_section()
+            family = claim.family
+        head = Text(claim.name, style="bold")
+        head.append(f"\n{claim.domain}; {claim.provenance}: {claim.method}", style="dim")
+        table.add_row(head, _verdict(group), f"{sum(o.examples for o in group):,}", _worst(group))
+        for outcome in group if detail else ():
+            if outcome.verdict != "not claimed":
+                name = Text(f"  {outcome.subject}", style=_STYLE[outcome.verdict])
+                table.add_row(name, _verdict([outcome]), f"{outcome.examples:,}", _worst([outcome]))
+    console.print(table)
+    broken = sum(outcome.verdict == "broken" for outcome in outcomes)
+    held = sum(outcome.verdict == "holds" for outcome in outcomes)
+    tried = sum(outcome.examples for outcome in outcomes)
+    style = _STYLE["broken" if broken else "holds"]
+    console.print(
+        f"[{style}]{held} hold, {broken} broken[/], {len(outcomes) - broken - held} not claimed; {tried:,} matrices in "
+        f"{sum(outcome.seconds for outcome in outcomes):.1f} s",
+        highlight=False,
+    )
+
+
+def _by_claim(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    grouped: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        grouped.setdefault(outcome.claim.name, []).append(outcome)
+    return list(grouped.values())
+
+
+def _verdict(group: list[Outcome]) -> Text:
+    broken = sum(outcome.verdict == "broken" for outcome in group)
+    held = sum(outcome.verdict == "holds" for outcome in group)
+    if broken:
+        text = "broken" if len(group) == 1 else f"broken {broken}/{held + broken}"
+        return Text(text, style=_STYLE["broken"])
+    if held:
+        return Text("holds" if len(group) == 1 else f"holds {held}/{held}", style=_STYLE["holds"])
+    return Text("not claimed", style=_STYLE["not claimed"])
+
+
+def _worst(group: list[Outcome]) -> str:
+    top = max(group, key=lambda outcome: outcome.worst.ratio if outcome.worst else -1.0)
+    if top.worst is None:
+        return group[0].reason
+    text = f"{top.worst.seen:.2g} / {top.worst.allowed:.2g}"
+    return text if len(group) == 1 else f"{text}\n{top.subject}"
+
+
+def describe(sample: Sample) -> str:
+    """Return the failing logits as text that can be pasted into Python."""
+    values = np.asarray(sample.logits, dtype=np.float64)
+    shown = np.array2string(values, separator=", ", precision=17, floatmode="unique", threshold=200, max_line_width=100)
+    return f"{shown}  # {sample.dtype}, from {sample.note or 'a stored example'}, seed {sample.seed}"
+
+
+def print_failures(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Print statement, finding and smallest example of every broken claim."""
+    for outcome in outcomes:
+        if outcome.verdict != "broken":
+            continue
+        assert outcome.worst is not None and outcome.failing is not None
+        console.rule(f"[bold red]{outcome.claim.name}[/] broken by {escape(outcome.subject)}", align="left")
+        console.print(outcome.claim.statement, highlight=False, markup=False)
+        console.print(f"domain: {outcome.claim.domain}", highlight=False, markup=False)
+        console.print(
+            f"seen {outcome.worst.seen:.6g}, allowed {outcome.worst.allowed:.6g}: {outcome.reason}",
+            highlight=False,
+            markup=False,
+        )
+        console.print(f"logits = {describe(outcome.failing)}", highlight=False, markup=False)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in (
+        "birkhoff-mhc",
+        "numpy",
+        "torch",
+        "triton",
+        "cupy-cuda13x",
+        "cupy-cuda12x",
+        "hypothesis",
+        "python-flint",
+    ):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def as_record(outcome: Outcome) -> dict[str, Any]:
+    """Return one outcome as plain data."""
+    worst = outcome.worst
+    return {
+        "claim": outcome.claim.name,
+        "family": outcome.claim.family,
+        "statement": outcome.claim.statement,
+        "domain": outcome.claim.domain,
+        "method": outcome.claim.method,
+        "provenance": outcome.claim.provenance,
+        "lemma": outcome.claim.lemma,
+        "subject": outcome.subject,
+        "verdict": outcome.verdict,
+        "reason": outcome.reason,
+        "examples": outcome.examples,
+        "seconds": round(outcome.seconds, 4),
+        "seen": None if worst is None else _finite(worst.seen),
+        "allowed": None if worst is None else _finite(worst.allowed),
+        "failing": None if outcome.failing is None else outcome.failing.as_record(),
+    }
+
+
+def _finite(value: float) -> float | str:
+    return float(value) if np.isfinite(value) else str(value)
+
+
+def write_json(path: Path, outcomes: Sequence[Outcome], settings: dict[str, Any]) -> None:
+    """Write every outcome, the settings and the versions; failing examples bit for bit."""
+    document = {"settings": settings, "versions": _versions(), "outcomes": [as_record(o) for o in outcomes]}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def load_failures(path: Path) -> tuple[dict[str, Any], list[tuple[str, str, Sample]]]:
+    """Return the settings of a JSON report and its failing examples: (claim, subject, sample)."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        failing = [
+            (record["claim"], record["subject"], Sample.from_record(record["failing"]))
+            for record in document["outcomes"]
+            if record["failing"] is not None
+        ]
+        return document["settings"], failing
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a report of python -m proofs --json ({type(error).__name__}: {error})"
+        ) from error
+
+
+def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write JUnit XML: one test case a claim and subject."""
+    suite = ElementTree.Element(
+        "testsuite",
+        name="proofs",
+        tests=str(len(outcomes)),
+        failures=str(sum(outcome.verdict == "broken" for outcome in outcomes)),
+        skipped=str(sum(outcome.verdict == "not claimed" for outcome in outcomes)),
+        time=f"{sum(outcome.seconds for outcome in outcomes):.3f}",
+    )
+    for outcome in outcomes:
+        case = ElementTree.SubElement(
+            suite,
+            "testcase",
+            classname=f"proofs.{outcome.claim.family}.{outcome.subject}",
+            name=outcome.claim.name,
+            time=f"{outcome.seconds:.3f}",
+        )
+        if outcome.verdict == "broken" and outcome.failing is not None:
+            failure = ElementTree.SubElement(case, "failure", message=outcome.reason)
+            failure.text = f"{outcome.claim.statement}\nlogits = {describe(outcome.failing)}"
+        elif outcome.verdict == "not claimed":
+            ElementTree.SubElement(case, "skipped", message=outcome.reason)
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)

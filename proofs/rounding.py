@@ -1,0 +1,140 @@
+"""Claims about the finishes: after the closed-form rounding, what was approximate holds for every input."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proofs import rational, strategies
+from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.certificate import stored_matrices
+from proofs.measure import compute_roundoff, norms_at_most, storage_error, sums
+from proofs.systems import Rounder
+
+__all__ = ["CLAIMS"]
+
+
+def _slack(sample: Sample, units: float) -> float:
+    tiny = 2.0**-24 if sample.dtype == "float16" else 2.0**-126
+    return units * compute_roundoff(sample.dtype) + storage_error(sample.dtype) * (1 + 1e-3) + tiny * 64
+
+
+def _exact_sums(subject: Rounder, sample: Sample) -> Observation:
+    matrices = stored_matrices(sample)
+    rounded = subject.exact(matrices, sample.dtype)
+    allowed = _slack(sample, sample.logits.shape[-1] + 4)
+    error = np.maximum(np.abs(sums(rounded, "rows") - 1), np.abs(sums(rounded, "columns") - 1))
+    negative = np.where(rounded.min(axis=(-2, -1)) < 0, np.inf, 0.0)
+    return worst_of((worst(error, allowed, "|sum - 1|"), worst(negative, allowed, "a negative entry")))
+
+
+def _shrunk(subject: Rounder, sample: Sample) -> Observation:
+    matrices = stored_matrices(sample)
+    shrunk = subject.nonexpansive(matrices, sample.dtype)
+    size = sample.logits.shape[-1]
+    strict = sample.dtype == "float32"
+    allowed = 0.0 if strict else _slack(sample, size + 2)
+    excess = np.maximum(sums(shrunk, "rows"), sums(shrunk, "columns")) - 1
+    bound = np.full(len(matrices), 1.0 if strict else (1 + allowed) * (1 + 4 * 2.0**-53))
+    above = np.where(norms_at_most(shrunk, bound), 0.0, 2.0)
+    grown = np.max(shrunk - matrices, axis=(-2, -1))
+    return worst_of(
+        (
+            worst(np.maximum(excess, 0), allowed, "sum above 1"),
+            worst(above, 1.0, "norm above 1"),
+            worst(grown, 0.0, "an entry grew"),
+        )
+    )
+
+
+def _near(subject: Rounder, sample: Sample) -> Observation:
+    matrices = stored_matrices(sample)
+    rounded = subject.exact(matrices, sample.dtype)
+    moved = np.sum(np.abs(rounded - matrices), axis=(-2, -1))
+    missing = np.sum(np.abs(sums(matrices, "rows") - 1), -1) + np.sum(np.abs(sums(matrices, "columns") - 1), -1)
+    size = sample.logits.shape[-1]
+    # entries up to the largest sum are divided with a rounding each, and so are the stored ones
+    scale = 1 + np.max(matrices, axis=(-2, -1))
+    return worst(moved, 2 * missing + size * size * scale * _slack(sample, size + 8), "|B - A|_1")
+
+
+def _as_rational(subject: Rounder, sample: Sample) -> Observation:
+    matrices = stored_matrices(sample)
+    size = sample.logits.shape[-1]
+    allowed = _slack(sample, 4 * size + 16)
+    seen = []
+    for item, matrix in enumerate(matrices):
+        entries = rational.exact(matrix)
+        for complete, run in ((True, subject.exact), (False, subject.nonexpansive)):
+            known = rational.as_floats(rational.round_to_polytope(entries, complete=complete))
+            result = run(matrix[None], sample.dtype)[0]
+            seen.append(
+                Observation(float(np.max(np.abs(result - known))), allowed, item, "distance from the exact algorithm")
+            )
+    return worst_of(seen)
+
+
+def _samples(sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 8), batch: int = 16):  # type: ignore[no-untyped-def]
+    return lambda subject: strategies.samples(
+        sizes=sizes, batch=batch, dtypes=(*subject.backend.dtypes, *subject.backend.halves)
+    )
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="rounding_makes_both_sides_exact",
+        family="rounding",
+        statement="round_to_polytope gives non-negative entries and both sums within (n+4) u of 1, plus one cast where the "
+        "result is stored in half precision.",
+        reference="SPEC 4, P17, numerics 3.5",
+        domain="truncated, crude, raw and sparse matrices from all generators, n <= 8",
+        method="compensated sums of the stored entries",
+        provenance="sampled",
+        kind="rounding",
+        lemma="rounding_dstoch",
+        lemmas=("corrected_dstoch", "corrected_rows", "corrected_cols", "corrected_nonneg"),
+        samples=_samples(),
+        check=_exact_sums,
+    ),
+    Claim(
+        name="shrinking_gives_norm_at_most_one",
+        family="rounding",
+        statement="round_to_nonexpansive gives sums and norm at most 1: strictly in float32, within (n+2) u in float64, "
+        "plus one cast in half precision; no entry grows.",
+        reference="SPEC 4, numerics 3.5",
+        domain="as for rounding_makes_both_sides_exact",
+        method="norm decided in exact arithmetic",
+        provenance="exact",
+        kind="rounding",
+        lemma="nonexpansive_norm",
+        lemmas=("nonexpansive_sub", "substoch_nonexpansive", "shrink_le1", "shrink_ge0"),
+        samples=_samples(),
+        check=_shrunk,
+    ),
+    Claim(
+        name="rounding_moves_little",
+        family="rounding",
+        statement="|B - A|_1 <= 2 (|A 1 - 1|_1 + |A^T 1 - 1|_1), up to rounding.",
+        reference="P17, Altschuler-Weed-Rigollet 2017, Lemma 7",
+        domain="as for rounding_makes_both_sides_exact",
+        method="sums over the entries",
+        provenance="sampled",
+        kind="rounding",
+        samples=_samples(),
+        check=_near,
+    ),
+    Claim(
+        name="rounding_is_the_algorithm",
+        family="rounding",
+        statement="Both finishes are within (4n+16) u of the algorithm in exact fractions; doubly stochastic matrices stay.",
+        reference="numerics 3.5",
+        domain="as for rounding_makes_both_sides_exact, n <= 5",
+        method="the algorithm re-executed in fractions on the stored entries",
+        provenance="exact",
+        kind="rounding",
+        lemma="rounding_fix",
+        lemmas=("nonexpansive_fix", "scale_rows_sum", "scale_cols_sum"),
+        samples=_samples((1, 2, 3, 4, 5), 4),
+        check=_as_rational,
+        effort=0.5,
+    ),
+)

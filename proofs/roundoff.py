@@ -1,0 +1,176 @@
+"""Claims about rounding: how far an implementation may be from the iteration it computes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proofs import enclosure, strategies
+from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.measure import accuracy_allowance, marginal_allowance
+from proofs.subjects import BACKENDS, Subject
+
+__all__ = ["CLAIMS"]
+
+_CONTRACT_SCALES = (0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 8.0, 10.0, 16.0, 24.0, 30.0, 64.0, 100.0)
+
+
+def _known_iteration(subject: Subject) -> str | None:
+    if subject.geometry != "kl":
+        return "projects in the Euclidean distance"
+    if subject.num_iters is None:
+        return "its number of iterations is unknown, or it returns the limit"
+    return "rounded after the iteration" if subject.finish != "none" else None
+
+
+def _accuracy(subject: Subject, sample: Sample) -> Observation:
+    assert subject.num_iters is not None
+    counts = {subject.num_iters} if subject.rebuild is None else {1, 3, subject.num_iters}
+    allowed = accuracy_allowance(sample.logits, sample.dtype)[:, None, None]
+    seen = []
+    for count in sorted(counts):
+        run = subject if count == subject.num_iters else subject.at(count)
+        difference = np.abs(run.matrix(sample) - run.model(sample.logits).astype(np.float64))
+        seen.append(worst(difference, allowed, f"distance from the model after {count} iterations"))
+    return worst_of(seen)
+
+
+def _halves(subject: Subject) -> str | None:
+    return None if subject.backend.halves else f"{subject.backend.name} has no half precision"
+
+
+def _half(subject: Subject, sample: Sample) -> Observation:
+    single = Sample(sample.logits.astype(np.float32), "float32", sample.seed, sample.note)
+    expected = subject.matrix(single)
+    stored = strategies.round_to(expected, sample.dtype).astype(np.float64)
+    # one unit in the last place where the float32 results straddle a rounding boundary
+    step = np.ldexp(1.0, np.frexp(stored)[1] - (8 if sample.dtype == "bfloat16" else 11))
+    step = np.maximum(step, 2.0**-133 if sample.dtype == "bfloat16" else 2.0**-24)
+    straddle = np.abs(expected - stored) > 0.49 * step - accuracy_allowance(single.logits, "float32")[:, None, None]
+    difference = np.abs(subject.matrix(sample) - stored)
+    return worst(difference, np.where(straddle, step, 0.0), "stored half result against the rounded float32 result")
+
+
+def _strict(subject: Subject) -> str | None:
+    if subject.backend.name != "array_api_strict":
+        return "about the strict namespace only"
+    return None if subject.elsewhere is not None else "cannot run on another backend"
+
+
+def _same_bits(subject: Subject, sample: Sample) -> Observation:
+    assert subject.elsewhere is not None
+    other = subject.elsewhere(BACKENDS["numpy"]).matrix(sample)
+    return worst(np.where(subject.matrix(sample) == other, 0.0, 2.0), 1.0, "bits differ from NumPy")
+
+
+def _foreign(subject: Subject) -> str | None:
+    if subject.elsewhere is None or subject.backend.name in ("numpy", "array_api_strict"):
+        return "NumPy itself, or a function that runs on one backend only"
+    return "a limit depends on when each backend stops" if subject.num_iters is None else None
+
+
+def _agreement(subject: Subject, sample: Sample) -> Observation:
+    assert subject.elsewhere is not None
+    other = subject.elsewhere(BACKENDS["numpy"]).matrix(sample)
+    allowed = 2 * accuracy_allowance(sample.logits, sample.dtype) + marginal_allowance(
+        sample.logits.shape[-1], sample.dtype
+    )
+    return worst(np.abs(subject.matrix(sample) - other), allowed[:, None, None], "distance from NumPy")
+
+
+def _enclosed(subject: Subject) -> str | None:
+    reason = _known_iteration(subject)
+    if reason:
+        return reason
+    return None if enclosure.available() else "python-flint is not installed"
+
+
+def _contained(subject: Subject, sample: Sample) -> Observation:
+    assert subject.num_iters is not None
+    matrix = subject.matrix(sample)
+    allowed = accuracy_allowance(sample.logits, sample.dtype)
+    seen = []
+    for item, logits in enumerate(sample.logits):
+        balls = enclosure.iterate(logits, subject.num_iters, first=subject.first, eps=subject.eps)
+        width = enclosure.width(balls)
+        seen.append(Observation(width, enclosure.TIGHT, item, "width of the enclosure"))
+        distance = enclosure.distance(balls, matrix[item])
+        seen.append(
+            Observation(distance, float(allowed[item]), item, "upper bound of the distance from the true iterate")
+        )
+    return worst_of(seen)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="accuracy_of_the_iteration",
+        family="roundoff",
+        statement="Every entry is within 4 n u max(1, logit range / 16) of the same number of iterations on the exact "
+        "reals (plus one cast where the result is stored in half precision).",
+        reference="SPEC 4",
+        domain="logit std 0.1 to 100, all generators, 1, 3 and the given number of iterations, n <= 16",
+        method="against the model in 80-bit floats",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            scales=_CONTRACT_SCALES,
+            sizes=(1, 2, 3, 4, 5, 8, 16),
+            dtypes=(*subject.backend.dtypes, *subject.backend.halves),
+        ),
+        check=_accuracy,
+        applies=_known_iteration,
+    ),
+    Claim(
+        name="inside_the_enclosure",
+        family="roundoff",
+        statement="Every entry is within 4 n u max(1, logit range / 16) of a rigorous enclosure of the exact iterate, "
+        "which itself is narrower than 1e-30.",
+        reference="SPEC 4, 5, numerics 3.6",
+        domain="logit std 0.1 to 100, n <= 8, the given number of iterations",
+        method="ball arithmetic: the stored logits are exact, exp and divisions are enclosed",
+        provenance="enclosure",
+        samples=lambda subject: strategies.samples(
+            scales=_CONTRACT_SCALES, sizes=(1, 2, 3, 4, 5, 8), batch=2, dtypes=subject.backend.dtypes
+        ),
+        check=_contained,
+        applies=_enclosed,
+        effort=0.5,
+    ),
+    Claim(
+        name="half_is_float32_stored",
+        family="roundoff",
+        statement="float16 and bfloat16 logits give the float32 result rounded once (one unit in the last place more "
+        "where the float32 value is next to a rounding boundary).",
+        reference="SPEC 4",
+        domain="logit std up to 100",
+        method="against the float32 run on the same values",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(
+            scales=_CONTRACT_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.halves or ("float32",)
+        ),
+        check=_half,
+        applies=_halves,
+    ),
+    Claim(
+        name="same_bits_on_the_strict_namespace",
+        family="roundoff",
+        statement="array-api-strict returns the bits that NumPy returns.",
+        reference="SPEC 7, P15",
+        domain="finite logits up to range 1e3",
+        method="compared bit for bit",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(batch=4),
+        check=_same_bits,
+        applies=_strict,
+    ),
+    Claim(
+        name="agrees_with_numpy",
+        family="roundoff",
+        statement="Another backend is within twice the accuracy contract of NumPy on the same logits.",
+        reference="SPEC 4, P15",
+        domain="logit std 0.1 to 100",
+        method="difference of the two results",
+        provenance="sampled",
+        samples=lambda subject: strategies.samples(scales=_CONTRACT_SCALES, sizes=(2, 3, 4, 5, 8, 16)),
+        check=_agreement,
+        applies=_foreign,
+    ),
+)

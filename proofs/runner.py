@@ -1,0 +1,239 @@
+"""Running claims: draw examples, look for a breach, shrink it, and say what was seen.
+
+Hypothesis draws the examples. A failing stack is then reduced to one matrix, with fewer rows and rounder entries as
+long as the claim still breaks, so that the report holds the smallest example that we can find.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+
+from proofs._claim import Claim, Observation, Sample
+
+__all__ = ["PROFILES", "Outcome", "Profile", "minimise", "observe", "replay", "run", "run_claim"]
+
+Verdict = Literal["holds", "broken", "not claimed"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How many stacks of examples a claim is tried on."""
+
+    name: str
+    max_examples: int
+    shrink_budget: int = 400
+
+
+PROFILES: dict[str, Profile] = {
+    "quick": Profile("quick", 20),
+    "ci": Profile("ci", 50),
+    "nightly": Profile("nightly", 1000, 2000),
+}
+"""``quick`` for a first look, ``ci`` for every change (derandomised), ``nightly`` for depth."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one claim on one subject.
+
+    Parameters
+    ----------
+    claim : Claim
+    subject : str
+        Its title.
+    verdict : {"holds", "broken", "not claimed"}
+        "Holds" means by the claim's provenance: a sampled claim was not refuted.
+    examples : int
+        Matrices tried.
+    worst : Observation or None
+        The example that came closest to breaking the claim, or broke it.
+    reason : str
+        Why it broke, or why it is not claimed.
+    failing : Sample or None
+        The shrunk example.
+    seconds : float
+    """
+
+    claim: Claim
+    subject: str
+    verdict: Verdict
+    examples: int = 0
+    worst: Observation | None = None
+    reason: str = ""
+    failing: Sample | None = field(default=None, repr=False)
+    seconds: float = 0.0
+
+
+def observe(claim: Claim, subject: Any, sample: Sample) -> tuple[Observation, str]:
+    """Return what the claim sees on one example; an exception of the subject counts as an infinite deviation."""
+    try:
+        with np.errstate(all="ignore"):
+            return claim.check(subject, sample), ""
+    except Exception as error:  # whatever a user's function raises is the finding
+        text = " ".join(str(error).split())
+        return Observation(float("inf"), 0.0, 0, "raised"), f"{type(error).__name__}: {text[:300]}"
+
+
+def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int | None = None) -> Outcome:
+    """Try one claim on one subject.
+
+    Parameters
+    ----------
+    claim : Claim
+    subject : Subject
+        Of the kind that the claim speaks of.
+    profile : Profile
+    seed_value : int, optional
+        Without it the examples are the same on every run.
+    """
+    reason = claim.applies(subject)
+    if reason is not None:
+        return Outcome(claim, subject.title, "not claimed", reason=reason)
+    started = time.perf_counter()
+    tried, closest = 0, None
+    breach: Sample | None = None
+
+    def body(sample: Sample) -> None:
+        nonlocal tried, closest, breach
+        if breach is not None:
+            return  # found already; raising would make Hypothesis look for reasons in code that may not be repeatable
+        tried += max(1, len(sample.logits))
+        seen, _ = observe(claim, subject, sample)
+        if closest is None or seen.ratio > closest.ratio:
+            closest = seen
+        if not seen.holds:
+            breach = sample
+
+    test = given(claim.samples(subject))(body)
+    test = settings(
+        max_examples=max(3, round(profile.max_examples * claim.effort)),
+        phases=(Phase.generate,),
+        database=None,
+        deadline=None,
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+        derandomize=False,
+    )(test)
+    # the claim's own name enters, so that claims do not all see the same stacks
+    start = zlib.crc32(f"{claim.name}|{seed_value or 0}".encode())
+    test = seed(start)(test)
+    test()
+    if breach is not None:
+        failing, seen, why = minimise(claim, subject, breach, budget=profile.shrink_budget)
+        reason = why or seen.detail
+        return Outcome(claim, subject.title, "broken", tried, seen, reason, failing, time.perf_counter() - started)
+    return Outcome(claim, subject.title, "holds", tried, closest, seconds=time.perf_counter() - started)
+
+
+def run(
+    claims: Iterable[Claim],
+    subjects: Sequence[Any],
+    profile: Profile,
+    *,
+    seed_value: int | None = None,
+    progress: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Try every claim on every subject of its kind."""
+    outcomes = []
+    for claim in claims:
+        for subject in subjects:
+            if getattr(subject, "kind", "projection") != claim.kind:
+                continue
+            outcome = run_claim(claim, subject, profile, seed_value=seed_value)
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(outcome)
+    return outcomes
+
+
+def replay(claim: Claim, subject: Any, sample: Sample) -> Outcome:
+    """Try one stored example again."""
+    reason = claim.applies(subject)
+    if reason is not None:
+        return Outcome(claim, subject.title, "not claimed", reason=reason)
+    seen, why = observe(claim, subject, sample)
+    verdict: Verdict = "holds" if seen.holds else "broken"
+    kept = None if seen.holds else sample
+    return Outcome(claim, subject.title, verdict, len(sample.logits), seen, why or seen.detail, kept)
+
+
+def minimise(claim: Claim, subject: Any, sample: Sample, *, budget: int) -> tuple[Sample, Observation, str]:
+    """Return a smaller example that still breaks the claim: one matrix, fewer rows, zeros and round numbers.
+
+    Parameters
+    ----------
+    budget : int
+        How many examples may be tried.
+    """
+    left = budget
+
+    def breaks(candidate: Sample) -> bool:
+        nonlocal left
+        left -= 1
+        return not observe(claim, subject, candidate)[0].holds
+
+    current = sample
+    seen, _ = observe(claim, subject, current)
+    for item in (seen.item, 0):
+        if len(current.logits) > 1 and item < len(current.logits) and breaks(current.item(item)):
+            current = current.item(item)
+            break
+    improved = True
+    while improved and left > 0:
+        improved = False
+        for candidate in _smaller(current):
+            if left <= 0:
+                break
+            if breaks(candidate):
+                current, improved = candidate, True
+                break
+    seen, why = observe(claim, subject, current)
+    return current, seen, why
+
+
+def _smaller(sample: Sample) -> Iterable[Sample]:
+    """Candidates in order of how much they simplify."""
+    logits = sample.logits
+    count, size = logits.shape[0], logits.shape[-1]
+    if count > 1:
+        yield sample.with_logits(logits[: count // 2])
+        yield sample.with_logits(logits[count // 2 :])
+        yield sample.with_logits(logits[: count - 1])
+    for line in range(size if size > 1 else 0):
+        keep = [k for k in range(size) if k != line]
+        yield sample.with_logits(np.ascontiguousarray(logits[:, keep][:, :, keep]))
+    for simpler in (np.zeros_like(logits), _shifted(logits), np.round(logits), np.round(logits / 10) * 10):
+        if not _equal(simpler, logits) and _weight(simpler) < _weight(logits):
+            yield sample.with_logits(simpler)
+    if count == 1:
+        for at in np.ndindex(logits.shape):
+            value = logits[at]
+            for simple in (0.0, np.round(value), np.round(value * 16) / 16):
+                changed = logits.copy()
+                changed[at] = simple
+                if not _equal(changed, logits) and _weight(changed) < _weight(logits):
+                    yield sample.with_logits(changed)
+
+
+def _shifted(logits: np.ndarray) -> np.ndarray:
+    finite = logits[np.isfinite(logits)]
+    return logits - finite.min() if finite.size else logits
+
+
+def _equal(left: np.ndarray, right: np.ndarray) -> bool:
+    return bool(np.array_equal(left, right, equal_nan=True))
+
+
+def _weight(logits: np.ndarray) -> tuple[int, int, float]:
+    """How complicated a matrix looks: digits to write, entries that are not zero, size."""
+    wide = np.asarray(logits, dtype=np.float64)
+    finite = wide[np.isfinite(wide)]
+    digits = sum(len(f"{value:.17g}") for value in finite)
+    return digits, int(np.count_nonzero(wide)), float(np.sum(np.abs(finite)))
