@@ -90,7 +90,7 @@ def _iterate_to_tolerance(solver: Any, frame: Frame, logits: Any, trace: Trace |
 
     order.append(positions)
     done.append(_answer(solver, list(state), counts, None, frame))
-    return frame.gather(done, order) if len(done) > 1 else done[0]  # type: ignore[return-value]
+    return frame.gather(done, order) if len(done) > 1 else done[0]
 
 
 def _answer(solver: Any, state: list[Any], counts: Any, chosen: Any, frame: Frame) -> tuple[Any, ...]:

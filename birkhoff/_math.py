@@ -47,7 +47,7 @@ def reduce_sum(xp: Any, array: Any, axis: int, accumulate: Any) -> Any:
 
 def lower_bound(xp: Any, array: Any, low: float) -> Any:
     """``max(array, low)`` that lets NaN through."""
-    return xp.clip(array, low, None)
+    return xp.where(array < low, low, array)
 
 
 def maximum_along(xp: Any, logits: Any, axis: int) -> Any:

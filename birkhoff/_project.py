@@ -11,13 +11,14 @@ from birkhoff import _math, _xp, rounding
 from birkhoff._dispatch import stack_forward, stack_to_tolerance
 from birkhoff._iterate import Trace
 from birkhoff._result import Projection, Status
+from birkhoff.adjoints import Implicit
 from birkhoff.errors import DtypeError, OptionError, ProjectionError, ShapeError
 from birkhoff.precision import DEFAULT, Precision, unit_roundoff
 from birkhoff.solvers import SinkhornKnopp
 from birkhoff.solvers.protocol import Solver
 from birkhoff.support import Support, diagnose_support
 
-__all__ = ["check_logits", "project", "sinkhorn"]
+__all__ = ["check_logits", "matrix", "project", "sinkhorn"]
 
 Finish = Literal["none", "nonexpansive", "exact"]
 _FINISHES = {"none": None, "nonexpansive": rounding.round_to_nonexpansive, "exact": rounding.round_to_polytope}
@@ -76,8 +77,15 @@ def sinkhorn(
     array([[0.7311, 0.2689],
            [0.2689, 0.7311]])
     """
+    return matrix(logits, SinkhornKnopp(num_iters=num_iters, first=first), precision)
+
+
+def matrix(logits: Any, solver: Solver, precision: Precision | None = None, *, adjoint: Any = None) -> Any:
+    """The matrix of :func:`project` alone: no status and no errors, so nothing reads the data of a fixed iteration."""
     xp = check_logits(logits)
-    return _matrix(logits, SinkhornKnopp(num_iters=num_iters, first=first), xp, precision or DEFAULT)
+    if solver.tol is None or 0 in logits.shape:
+        return _fixed(logits, solver, xp, precision or DEFAULT, adjoint)
+    return _solve(logits, solver, xp, precision or DEFAULT, adjoint, None)[0]
 
 
 def check_logits(logits: Any) -> Any:
@@ -167,23 +175,25 @@ def project(
     finisher = _FINISHES[finish]
     # A finish works on the unrounded matrix, so that only the last cast rounds.
     running = precision if finisher is None else replace(settled, store=settled.compute)
-    matrix, counts = _solve(logits, method, xp, running, adjoint, trace)
+    solved, counts = _solve(logits, method, xp, running, adjoint, trace)
+    finished = solved
     if finisher is not None:
-        matrix = _xp.astype(xp, finisher(matrix), _xp.dtype_of(xp, str(settled.store)))
-    result = _report(logits, matrix, counts, method, xp, settled)
+        finished = _xp.astype(xp, finisher(solved), _xp.dtype_of(xp, str(settled.store)))
+    result = _report(logits, finished, counts, method, xp, settled)
+    if isinstance(adjoint, Implicit) and hasattr(method, "trajectory"):
+        result = replace(result, status=_refused(solved, result.status, adjoint, xp))
     if throw:
         _raise_on_trouble(result, method)
     return result
 
 
-def _matrix(logits: Any, solver: Solver, xp: Any, precision: Precision) -> Any:
-    """The matrix of a fixed number of iterations, nothing else: no status, no look at the data."""
+def _fixed(logits: Any, solver: Solver, xp: Any, precision: Precision, adjoint: Any) -> Any:
+    """A fixed number of iterations."""
     n = logits.shape[-1]
     if 0 in logits.shape:
         return _xp.astype(xp, logits, _xp.dtype_of(xp, str(precision.resolve(logits.dtype).store)))
     stack = xp.reshape(logits, (-1, n, n))
-    matrix = _binding(xp, "forward")(stack, solver, precision)
-    return xp.reshape(matrix, logits.shape)
+    return xp.reshape(_binding(xp, "forward")(stack, solver, precision, adjoint), logits.shape)
 
 
 def _solve(
@@ -193,17 +203,20 @@ def _solve(
     batch = tuple(logits.shape[:-2])
     if 0 in logits.shape or (solver.tol is None and trace is None):
         counts = xp.full(batch, solver.num_iters, dtype=xp.int32, device=_xp.device(logits))
-        return _matrix(logits, solver, xp, precision), counts
+        return _fixed(logits, solver, xp, precision, adjoint), counts
     n = logits.shape[-1]
-    matrix, counts = _binding(xp, "to_tolerance")(xp.reshape(logits, (-1, n, n)), solver, precision, trace)
-    return xp.reshape(matrix, logits.shape), xp.reshape(counts, batch)
+    stack = xp.reshape(logits, (-1, n, n))
+    solved, counts = _binding(xp, "to_tolerance")(stack, solver, precision, adjoint, trace)
+    return xp.reshape(solved, logits.shape), xp.reshape(counts, batch)
 
 
-def _forward_arrays(stack: Any, solver: Solver, precision: Precision) -> Any:
+def _forward_arrays(stack: Any, solver: Solver, precision: Precision, adjoint: Any) -> Any:
     return stack_forward(stack, solver, precision, branch=_xp.can_branch(stack))
 
 
-def _to_tolerance_arrays(stack: Any, solver: Solver, precision: Precision, trace: Trace | None) -> tuple[Any, Any]:
+def _to_tolerance_arrays(
+    stack: Any, solver: Solver, precision: Precision, adjoint: Any, trace: Trace | None
+) -> tuple[Any, Any]:
     return stack_to_tolerance(stack, solver, precision, trace, branch=_xp.can_branch(stack))
 
 
@@ -232,14 +245,14 @@ def _binding(xp: Any, role: str) -> Any:
     return (_ARRAYS if binding is None else binding())[role]
 
 
-def _report(logits: Any, matrix: Any, counts: Any, solver: Solver, xp: Any, settled: Precision) -> Projection:
+def _report(logits: Any, projected: Any, counts: Any, solver: Solver, xp: Any, settled: Precision) -> Projection:
     batch = tuple(logits.shape[:-2])
-    plain, values = _xp.detach(logits), _xp.detach(matrix)
+    plain, values = _xp.detach(logits), _xp.detach(projected)
     values = _xp.astype(xp, values, _math.compute_dtype(xp, values))
     if 0 in logits.shape:
         zeros = xp.zeros(batch, dtype=values.dtype, device=_xp.device(values))
         status = xp.zeros(batch, dtype=xp.int32, device=_xp.device(values))
-        return Projection(matrix, status, counts, zeros, zeros)
+        return Projection(projected, status, counts, zeros, zeros)
     with _xp.quiet(values):
         rows, columns = _math.marginal_errors(xp, values)
     target = solver.tol if solver.tol is not None else unit_roundoff(settled.compute) ** 0.5
@@ -252,7 +265,13 @@ def _report(logits: Any, matrix: Any, counts: Any, solver: Solver, xp: Any, sett
         status = xp.where(supported, status, xp.full_like(status, int(Status.no_total_support)))
     finite = xp.all(plain < xp.inf, axis=(-2, -1))  # false for NaN as well
     status = xp.where(finite, status, xp.full_like(status, int(Status.nonfinite_input)))
-    return Projection(matrix, status, counts, rows, columns)
+    return Projection(projected, status, counts, rows, columns)
+
+
+def _refused(solved: Any, status: Any, adjoint: Implicit, xp: Any) -> Any:
+    """The status with ``ill_conditioned_adjoint`` where a converged one has too large a residual for the adjoint."""
+    refused = xp.logical_and(status == int(Status.converged), xp.logical_not(adjoint.trusts(_xp.detach(solved))))
+    return xp.where(refused, xp.full_like(status, int(Status.ill_conditioned_adjoint)), status)
 
 
 def _codes(xp: Any, condition: Any, yes: Status, no: Status) -> Any:

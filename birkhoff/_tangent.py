@@ -67,11 +67,10 @@ def solve_laplacian(weight: Any, right: Any, xp: Any, *, noise: Any = None) -> A
         eliminated.append((share, value / degree))
         right = right[1:, ...] + share * value
         weight = weight[1:, 1:, ...] + share[:, None, :] * row[None, :, :]
-    unknowns = xp.zeros_like(right)  # (1, B): the grounded vertex
+    unknowns = [xp.zeros_like(right[0, ...])]  # the grounded vertex
     for share, value in reversed(eliminated):
-        unknown = value + xp.sum(share * unknowns, axis=0)
-        unknowns = xp.concat([unknown[None, :], unknowns], axis=0)
-    return unknowns
+        unknowns.insert(0, value + xp.sum(share * xp.stack(unknowns), axis=0))
+    return xp.stack(unknowns)
 
 
 def kl_derivative(matrix: Any, direction: Any, frame: Frame) -> Any:

@@ -1,15 +1,16 @@
 """Torch: projections as registered operators with exact gradients, under every transform.
 
-Two custom operators (``birkhoff::project_forward``, ``birkhoff::project_vjp``) run whatever row the table chooses; they
-are opaque to the compiler, visible to checkpointing policies. Around them two ``autograd.Function`` carry the
-mathematics: the vector-Jacobian product, its own derivative (double backward), forward mode, and ``vmap``. Second-order
-rules are plain differentiable array calls, so every higher order exists.
+Three custom operators (``birkhoff::project_forward``, ``project_vjp``, ``solve_forward``) run whatever row the table
+chooses; they are opaque to the compiler, visible to checkpointing policies. Around them each ``autograd.Function``
+carries the mathematics: the vector-Jacobian product, its own derivative (double backward), forward mode, and ``vmap``.
+Second-order rules are plain differentiable array calls, so every higher order exists.
 
 Forward mode is left out while compiling: the compiler refuses a Function that defines it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,23 +19,30 @@ from torch import Tensor
 from birkhoff import _xp
 from birkhoff._dispatch import stack_forward, stack_to_tolerance, stack_vjp, with_dtypes
 from birkhoff._iterate import Trace
+from birkhoff._layout import frame_for
+from birkhoff.adjoints.implicit import Implicit, implicit_vjp
 from birkhoff.adjoints.unrolled import by_iterations, unrolled_jvp, unrolled_matrix, unrolled_vjp_tangent
 from birkhoff.precision import Precision
 from birkhoff.solvers.protocol import from_text, to_text
 
 __all__ = ["BINDING"]
 
-Plan = tuple[str, str, str, str]
-"""Solver as text, and the compute, accumulate and store dtypes: what an operator's schema can hold."""
+Plan = tuple[Any, str, str, str]
+"""The solver, and the names of the compute, accumulate and store dtypes."""
 
 
 def _plan(tensor: Tensor, solver: Any, precision: Precision) -> Plan:
     settled = precision.resolve(tensor.dtype)
-    return to_text(solver), str(settled.compute), str(settled.accumulate), str(settled.store)
+    return solver, str(settled.compute), str(settled.accumulate), str(settled.store)
 
 
 def _stored(tensor: Tensor, precision: Precision) -> torch.dtype:
     return getattr(torch, str(precision.resolve(tensor.dtype).store))
+
+
+def _schema(plan: Plan) -> tuple[str, str, str, str]:
+    """The plan as an operator's schema can hold it."""
+    return to_text(plan[0]), plan[1], plan[2], plan[3]
 
 
 def _precision(plan: Plan) -> Precision:
@@ -66,14 +74,32 @@ def _(logits: Tensor, grad_matrix: Tensor, solver: str, compute: str, accumulate
     return logits.new_empty(logits.shape)
 
 
+@torch.library.custom_op("birkhoff::solve_forward", mutates_args=())
+def solve_forward(logits: Tensor, solver: str, compute: str, accumulate: str, store: str) -> tuple[Tensor, Tensor]:
+    """Project a stack ``(B, n, n)``, to the solver's tolerance if it has one; also the iterations of each matrix."""
+    method = from_text(solver)
+    precision = Precision(compute=compute, accumulate=accumulate, store=store)
+    branch = logits.device.type == "cpu"
+    if method.tol is None:
+        counts = logits.new_full(logits.shape[:1], method.num_iters, dtype=torch.int32)
+        return stack_forward(logits, method, precision, branch=branch), counts
+    return stack_to_tolerance(logits, method, precision, branch=branch)
+
+
+@solve_forward.register_fake
+def _(logits: Tensor, solver: str, compute: str, accumulate: str, store: str) -> tuple[Tensor, Tensor]:
+    matrix = logits.new_empty(logits.shape, dtype=getattr(torch, store))
+    return matrix, logits.new_empty(logits.shape[:1], dtype=torch.int32)
+
+
 def _jvp(logits: Tensor, tangent: Tensor, plan: Plan) -> Tensor:
-    moved = with_dtypes(unrolled_jvp, (logits, tangent), from_text(plan[0]), _precision(plan))
+    moved = with_dtypes(unrolled_jvp, (logits, tangent), plan[0], _precision(plan))
     return moved.to(getattr(torch, plan[3]))
 
 
 def _vjp_tangent(logits: Tensor, grad: Tensor, tangent: Tensor, grad_tangent: Tensor, plan: Plan) -> Tensor:
     stacks = (logits, grad, tangent, grad_tangent)
-    return with_dtypes(unrolled_vjp_tangent, stacks, from_text(plan[0]), _precision(plan)).to(logits.dtype)
+    return with_dtypes(unrolled_vjp_tangent, stacks, plan[0], _precision(plan)).to(logits.dtype)
 
 
 class _Vjp(torch.autograd.Function):
@@ -81,7 +107,7 @@ class _Vjp(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, grad_matrix: Tensor, plan: Plan) -> Tensor:
-        return torch.ops.birkhoff.project_vjp(logits, grad_matrix, *plan)
+        return torch.ops.birkhoff.project_vjp(logits, grad_matrix, *_schema(plan))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -103,7 +129,7 @@ class _Vjp(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, grad_matrix: Tensor, plan: Plan) -> tuple[Any, int]:
         (logits, grad_matrix), join = _fold(info.batch_size, in_dims[:2], (logits, grad_matrix))
-        return join(_vjp_function().apply(logits, grad_matrix, plan)), 0
+        return join(_pick(_Vjp, _VjpForwardMode).apply(logits, grad_matrix, plan)), 0
 
 
 class _VjpForwardMode(_Vjp):
@@ -120,7 +146,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, plan: Plan) -> Tensor:
-        return torch.ops.birkhoff.project_forward(logits, *plan)
+        return torch.ops.birkhoff.project_forward(logits, *_schema(plan))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,12 +157,12 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_matrix: Tensor) -> tuple[Any, ...]:
         (logits,) = ctx.saved_tensors
-        return _vjp_function().apply(logits, grad_matrix, ctx.plan), None
+        return _pick(_Vjp, _VjpForwardMode).apply(logits, grad_matrix, ctx.plan), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, plan: Plan) -> tuple[Any, int]:
         (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
-        return join(_project_function().apply(logits, plan)), 0
+        return join(_pick(_Project, _ProjectForwardMode).apply(logits, plan)), 0
 
 
 class _ProjectForwardMode(_Project):
@@ -146,12 +172,86 @@ class _ProjectForwardMode(_Project):
         return _jvp(logits, tangent, ctx.plan)
 
 
-def _project_function() -> Any:
-    return _Project if torch.compiler.is_compiling() else _ProjectForwardMode
+class _Solved(torch.autograd.Function):
+    """``logits -> (matrix, counts)`` of a converging solver; the derivative is evaluated at the matrix."""
+
+    @staticmethod
+    def forward(logits: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        return torch.ops.birkhoff.solve_forward(logits, *_schema(plan))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.plan = inputs
+        matrix, counts = output
+        ctx.mark_non_differentiable(counts)
+        ctx.save_for_backward(matrix)
+        ctx.save_for_forward(matrix)
+
+    @staticmethod
+    def backward(ctx: Any, grad_matrix: Tensor, _: Any) -> tuple[Any, ...]:
+        (matrix,) = ctx.saved_tensors
+        return _derivative(matrix, grad_matrix, ctx.plan), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, plan: Plan) -> tuple[Any, Any]:
+        (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
+        matrix, counts = _pick(_Solved, _SolvedForwardMode).apply(logits, plan)
+        return (join(matrix), join(counts)), (0, 0)
 
 
-def _vjp_function() -> Any:
-    return _Vjp if torch.compiler.is_compiling() else _VjpForwardMode
+class _SolvedForwardMode(_Solved):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
+        (matrix,) = ctx.saved_tensors
+        return _derivative(matrix, tangent, ctx.plan), None
+
+
+class _Guarded(torch.autograd.Function):
+    """A fixed iteration with the implicit gradient where it has converged to a bound, and its exact one elsewhere."""
+
+    @staticmethod
+    def forward(logits: Tensor, plan: Plan, adjoint: Implicit) -> Tensor:
+        return torch.ops.birkhoff.project_forward(logits, *_schema(plan))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, ctx.plan, ctx.adjoint = inputs
+        ctx.save_for_backward(logits, output)
+        ctx.save_for_forward(logits, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_matrix: Tensor) -> tuple[Any, ...]:
+        logits, matrix = ctx.saved_tensors
+        implicit = _derivative(matrix, grad_matrix, ctx.plan).to(logits.dtype)
+        exact = _pick(_Vjp, _VjpForwardMode).apply(logits, grad_matrix, ctx.plan)
+        return torch.where(ctx.adjoint.trusts(matrix)[:, None, None], implicit, exact), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, plan: Plan, adjoint: Implicit) -> tuple[Any, int]:
+        (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
+        return join(_pick(_Guarded, _GuardedForwardMode).apply(logits, plan, adjoint)), 0
+
+
+class _GuardedForwardMode(_Guarded):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        logits, matrix = ctx.saved_tensors
+        implicit = _derivative(matrix, tangent, ctx.plan).to(matrix.dtype)
+        return torch.where(ctx.adjoint.trusts(matrix)[:, None, None], implicit, _jvp(logits, tangent, ctx.plan))
+
+
+def _derivative(matrix: Tensor, direction: Tensor, plan: Plan) -> Tensor:
+    """The (symmetric) derivative at a solution, in differentiable array calls."""
+    return with_dtypes(_at_solution, (matrix, direction), plan[0], _precision(plan)).to(direction.dtype)
+
+
+def _at_solution(matrix: Tensor, direction: Tensor, solver: Any, *, xp: Any, accumulate: Any) -> Tensor:
+    return implicit_vjp(matrix, direction, solver, frame_for(xp, accumulate))
+
+
+def _pick(compiling: type, eager: type) -> Any:
+    """The Function with forward mode, except while compiling."""
+    return compiling if torch.compiler.is_compiling() else eager
 
 
 def _fold(size: int, dims: tuple[int | None, ...], stacks: tuple[Tensor, ...]) -> tuple[list[Tensor], Any]:
@@ -165,24 +265,58 @@ def _fold(size: int, dims: tuple[int | None, ...], stacks: tuple[Tensor, ...]) -
 
 def _nested_forward_mode() -> bool:
     """Whether two forward-mode transforms are active, where a Function's ``jvp`` has silently zero second tangents."""
+    if torch.compiler.is_compiling():
+        return False
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
-def forward(stack: Tensor, solver: Any, precision: Precision) -> Tensor:
+def _converges(solver: Any) -> bool:
+    """Whether the solver is differentiated at its solution, having no trajectory to run back."""
+    return not hasattr(solver, "trajectory")
+
+
+def _solve(stack: Tensor, solver: Any, precision: Precision) -> tuple[Tensor, Tensor]:
+    if _nested_forward_mode():
+        raise NotImplementedError(
+            f"{type(solver).__name__}: forward mode inside forward mode is not supported; use reverse over forward"
+        )
+    # The derivative is evaluated at the matrix, so it is kept unrounded; the last cast is differentiated by torch.
+    settled = precision.resolve(stack.dtype)
+    plan = _plan(stack, solver, replace(settled, store=settled.compute))
+    matrix, counts = _pick(_Solved, _SolvedForwardMode).apply(stack, plan)
+    return matrix.to(_stored(stack, precision)), counts
+
+
+def forward(stack: Tensor, solver: Any, precision: Precision, adjoint: Any = None) -> Tensor:
     """Differentiable projection of a stack by a fixed number of iterations."""
-    if not torch.compiler.is_compiling() and _nested_forward_mode():
+    if _converges(solver):
+        return _solve(stack, solver, precision)[0]
+    if _nested_forward_mode():
         return with_dtypes(unrolled_matrix, (stack,), solver, precision).to(_stored(stack, precision))
-    return _project_function().apply(stack, _plan(stack, solver, precision))
+    plan = _plan(stack, solver, precision)
+    if isinstance(adjoint, Implicit):
+        return _pick(_Guarded, _GuardedForwardMode).apply(stack, plan, adjoint)
+    return _pick(_Project, _ProjectForwardMode).apply(stack, plan)
 
 
-def to_tolerance(stack: Tensor, solver: Any, precision: Precision, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
-    """Projection to a tolerance. Its gradient is the one of as many iterations as each matrix took."""
+def to_tolerance(
+    stack: Tensor, solver: Any, precision: Precision, adjoint: Any = None, trace: Trace | None = None
+) -> tuple[Tensor, Tensor]:
+    """Projection to a tolerance. A Sinkhorn solver's gradient is the one of as many iterations as each matrix took."""
+    if trace is not None:
+        with torch.no_grad():
+            return stack_to_tolerance(stack, solver, precision, trace, branch=stack.device.type == "cpu")
+    if _converges(solver):
+        return _solve(stack, solver, precision)
+    plan = _plan(stack, solver, precision)
     with torch.no_grad():
-        matrix, counts = stack_to_tolerance(stack, solver, precision, trace, branch=stack.device.type == "cpu")
+        matrix, counts = torch.ops.birkhoff.solve_forward(stack.detach(), *_schema(plan))
     if torch.is_grad_enabled() and stack.requires_grad:
         xp = _xp.array_namespace(stack)
-        matrix = by_iterations(solver, counts, xp, lambda method, part: forward(part, method, precision), stack)
+        matrix = by_iterations(
+            solver, counts, xp, lambda method, part: forward(part, method, precision, adjoint), stack
+        )
     return matrix, counts
 
 

@@ -65,7 +65,7 @@ class TracedSolver(Solver, Protocol):
 
 
 def check_options(solver: Any) -> None:
-    """Raise :class:`OptionError` for values that no solver accepts."""
+    """Raise :class:`OptionError` for values that no solver accepts; called at the end of construction."""
     name = type(solver).__name__
     if not isinstance(solver.num_iters, int) or isinstance(solver.num_iters, bool) or solver.num_iters < 1:
         raise OptionError(f"{name}: num_iters must be an integer >= 1, got {solver.num_iters!r}")
@@ -76,10 +76,16 @@ def check_options(solver: Any) -> None:
     range_cap = getattr(solver, "range_cap", None)
     if range_cap is not None and not range_cap > 0:
         raise OptionError(f"{name}: range_cap must be None or a number > 0, got {range_cap!r}")
+    object.__setattr__(solver, "_text", _write(solver))  # written once: a tracer may turn the numbers into symbols
 
 
 def to_text(solver: Any) -> str:
     """A solver as ``"package.module:Class(field=value, ...)"``, for the schema of a registered operator."""
+    text: str | None = getattr(solver, "_text", None)
+    return _write(solver) if text is None else text
+
+
+def _write(solver: Any) -> str:
     fields = ", ".join([f"{field.name}={getattr(solver, field.name)!r}" for field in dataclasses.fields(solver)])
     return f"{type(solver).__module__}:{type(solver).__name__}({fields})"
 
