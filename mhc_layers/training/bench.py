@@ -12,7 +12,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from mhc_layers.hyper_connection import CONNECTIONS, HyperConnection
+from mhc_layers.config import CONNECTION_KINDS
+from mhc_layers.hyper_connection import HyperConnection
 
 __all__ = ["SiteTiming", "time_connections", "timing_table"]
 
@@ -64,9 +65,9 @@ def time_connections(
         If a site's output is further from its float64 value than rounding explains; nothing is timed then.
     """
     device = device or torch.device("cpu")
-    unknown = [name for name in connections if name not in CONNECTIONS]
+    unknown = [name for name in connections if name not in CONNECTION_KINDS]
     if unknown:
-        raise ValueError(f"there is no connection {unknown[0]!r}; accepted are {', '.join(CONNECTIONS)}")
+        raise ValueError(f"there is no connection {unknown[0]!r}; accepted are {', '.join(CONNECTION_KINDS)}")
     results = []
     for connection in connections:
         streams = 1 if connection == "residual" else num_streams

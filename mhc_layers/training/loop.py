@@ -314,7 +314,7 @@ class Trainer:
         saved = f"the checkpoint of step {self._saved_step} is intact" if self._saved_step >= 0 else "none is saved"
         raise NonFiniteLossError(
             f"step {self.step}: the loss is {float(loss)} and the gradient norm {float(norm)}; {saved}. Start again "
-            "with a lower --optim.learning-rate or a longer --schedule.warmup-steps; --optim.clip-norm bounds single steps"
+            "with a lower --optim.learning-rate or a longer --schedule.warmup-steps"
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
