@@ -4,7 +4,8 @@ Left to autograd, the same mathematics keeps a float32 copy of bfloat16 streams 
 separate gradients of the streams. Here the streams are threaded through: projection, read and write hand them on, so
 that in the backward pass each adds its term to the gradient that arrives, in place, and only the streams themselves
 are kept. :mod:`mhc_layers.reference` has the equations in one line each; the gradients are derived in
-``docs/derivations/layer_backward``.
+``docs/derivations/layer_backward``. Under ``torch.compile`` the plain steps are traced, since the compiler fuses and
+recomputes by itself.
 
 Shape legend: N tokens (any leading axes), n streams, C channels, K = n C, M rows of phi.
 """
@@ -30,13 +31,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
 
 def adds_in_place(grad: Tensor | None, dtype: torch.dtype) -> TypeGuard[Tensor]:
     """Whether a term may be added to this gradient in place: it exists, has the dtype, and nothing records it."""
-    return (
-        grad is not None
-        and grad.dtype == dtype
-        and grad.is_contiguous()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    return grad is not None and grad.dtype == dtype and grad.is_contiguous() and not torch.is_grad_enabled()
 
 
 def summed(term: Tensor, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -54,6 +49,20 @@ def project(flat: Tensor, phi: Tensor, eps: float, inside: bool) -> tuple[Tensor
         inverse = (root + eps).reciprocal()
         inner = torch.where(root > 0, root, 1.0).reciprocal()
     return torch.matmul(flat, phi.t()) * inverse, inverse, inner
+
+
+def weighted_sum(x: Tensor, h: Tensor) -> Tensor:
+    """``sum_i h[i] x[i]``, rounded once to the dtype of x."""
+    with without_autocast(x.device.type):
+        return torch.matmul(h.unsqueeze(-2), x.to(h.dtype)).squeeze(-2).to(x.dtype)
+
+
+def mix_and_add(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor) -> Tensor:
+    """``sum_i h_res[o, i] x[i] + h_post[o] f``, rounded once to the dtype of x; h_res None is I."""
+    with without_autocast(x.device.type):
+        wide, f = x.to(h_post.dtype), f.to(h_post.dtype)
+        mixed = wide if h_res is None else torch.matmul(h_res, wide)
+        return torch.addcmul(mixed, h_post.unsqueeze(-1), f.unsqueeze(-2)).to(x.dtype)
 
 
 class NormedProjection(Function):
@@ -113,8 +122,7 @@ class Read(Function):
 
     @staticmethod
     def forward(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        with without_autocast(x.device.type):
-            return torch.matmul(h.unsqueeze(-2), x.to(h.dtype)).squeeze(-2).to(x.dtype), x.view_as(x)
+        return weighted_sum(x, h), x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -148,10 +156,7 @@ class Write(Function):
 
     @staticmethod
     def forward(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor) -> Tensor:
-        with without_autocast(x.device.type):
-            wide, f = x.to(h_post.dtype), f.to(h_post.dtype)
-            mixed = wide if h_res is None else torch.matmul(h_res, wide)
-            return torch.addcmul(mixed, h_post.unsqueeze(-1), f.unsqueeze(-2)).to(x.dtype)
+        return mix_and_add(x, f, h_res, h_post)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
@@ -175,15 +180,22 @@ class Write(Function):
 
 def normed_projection(x: Tensor, phi: Tensor, eps: float, inside: bool) -> tuple[Tensor, Tensor]:
     """Return ``z (..., M)`` and the streams to use from here on."""
+    if torch.compiler.is_compiling():
+        with without_autocast(x.device.type):
+            return project(x.flatten(-2).to(phi.dtype), phi, eps, inside)[0], x
     z, _, _, x = NormedProjection.apply(x, phi, eps, inside)
     return z, x
 
 
 def read(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``u (..., C)`` and the streams to use from here on."""
+    if torch.compiler.is_compiling():
+        return weighted_sum(x, h), x
     return Read.apply(x, h)
 
 
 def write(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor) -> Tensor:
     """Return the next streams ``(..., n, C)``."""
+    if torch.compiler.is_compiling():
+        return mix_and_add(x, f, h_res, h_post)
     return Write.apply(x, f, h_res, h_post)

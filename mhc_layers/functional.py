@@ -9,7 +9,6 @@ Shape legend: B tokens' leading axes ``...``, n streams, C channels.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -75,7 +74,6 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-@cache
 def solver_of(convention: Convention) -> Any:
     """The solver of :mod:`birkhoff.solvers` that projects the stored logits of a convention."""
     if convention.start == "exp":

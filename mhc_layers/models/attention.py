@@ -77,8 +77,8 @@ class Attention(nn.Module):
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         num_seen = k.shape[2]
-        if num_new == num_seen:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=num_new > 1)
+        if cache is None or num_new == num_seen:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             mask = None if num_new == 1 else causal_mask(num_new, num_seen, u.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
