@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from mhc_layers.config import TransformerConfig
+
+_SHORT = {"forward": "fwd", "backward": "bwd", "recompute": "re"}
 
 __all__ = ["Traffic", "connection_traffic", "traffic_table"]
 
@@ -70,18 +73,18 @@ def connection_traffic(num_streams: int) -> list[Traffic]:
         raise ValueError(f"num_streams is {num_streams}; it must be 1 or more")
     n = num_streams
     rows = [
-        ("residual: read 2C, write C", "forward", "3", 3),
-        ("unfused: every step its own pass (Table 2)", "forward", "8n + 2", 8 * n + 2),
-        ("separate kernels: project, read, write", "forward", "4n + 2", 4 * n + 2),
-        ("boundary: write and next projection fused, then read", "forward", "3n + 2", 3 * n + 2),
-        ("boundary in a single pass (floor)", "forward", "2n + 2", 2 * n + 2),
-        ("residual: gradient read, added, written", "backward", "3", 3),
-        ("separate functions, gradients added by autograd", "backward", "14n + 3", 14 * n + 3),
-        ("separate kernels, gradients accumulated in place", "backward", "9n + 3", 9 * n + 3),
-        ("three phases (A, B1, B2)", "backward", "6n + 4", 6 * n + 4),
-        ("three phases, B2 chained with the site before", "backward", "5n + 4", 5 * n + 4),
-        ("merged and chained (floor)", "backward", "3n + 3", 3 * n + 3),
-        ("recompute block: streams rebuilt once", "recompute", "n + 2", n + 2),
+        ("residual (reads 2C, writes C)", "forward", "3", 3),
+        ("unfused (paper, Table 2)", "forward", "8n+2", 8 * n + 2),
+        ("separate kernels", "forward", "4n+2", 4 * n + 2),
+        ("fused boundary, then read", "forward", "3n+2", 3 * n + 2),
+        ("single pass (floor)", "forward", "2n+2", 2 * n + 2),
+        ("residual", "backward", "3", 3),
+        ("separate, autograd adds", "backward", "14n+3", 14 * n + 3),
+        ("separate, added in place", "backward", "9n+3", 9 * n + 3),
+        ("three phases", "backward", "6n+4", 6 * n + 4),
+        ("three phases, chained", "backward", "5n+4", 5 * n + 4),
+        ("merged, chained (floor)", "backward", "3n+3", 3 * n + 3),
+        ("streams of a block rebuilt", "recompute", "n+2", n + 2),
     ]
     return [Traffic(name=a, direction=b, formula=c, channels=d) for a, b, c, d in rows]
 
@@ -100,21 +103,22 @@ def traffic_table(config: TransformerConfig, *, element_size: int = 2, bandwidth
     """
     sites = 2 * config.num_layers
     table = Table(
+        box=SIMPLE,
         title=f"memory traffic per token: n = {config.num_streams}, C = {config.dim}, {sites} sites, "
-        f"{element_size}-byte elements"
+        f"{element_size}-byte elements",
     )
-    table.add_column("way")
-    table.add_column("direction")
-    for heading in ("elements / C", "bytes / C", "bytes a site", "bytes a model"):
-        table.add_column(heading, justify="right")
+    table.add_column("way", no_wrap=True)
+    table.add_column("pass", no_wrap=True)
+    for heading in ("elements", "bytes", "B/site", "B/model"):
+        table.add_column(heading, justify="right", no_wrap=True)
     if bandwidth:
-        table.add_column("s a million tokens", justify="right")
+        table.add_column("s/Mtoken", justify="right", no_wrap=True)
     for row in connection_traffic(config.num_streams):
         size = row.num_bytes(config.dim, element_size)
         cells = [
             row.name,
-            row.direction,
-            f"{row.formula} = {row.channels}",
+            _SHORT[row.direction],
+            f"{row.formula} = {row.channels}C",
             f"{row.channels * element_size}C",
             f"{size:,}",
             f"{size * sites:,}",
