@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     sys.path.insert(0, "")  # a projection in the working directory is importable, as with python -m
     try:
         chosen = claims.select(options.claim)

@@ -37,8 +37,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="decomposition_rebuilds",
         family="decomposition",
-        statement="Weights are >= 0 and sum to 1, there are at most (n-1)^2 + 1 permutations, and they rebuild the matrix "
-        "within its own marginal error (times 4) and 16 n ((n-1)^2 + 1) u.",
+        statement="Weights are >= 0 and sum to 1, at most (n-1)^2 + 1 permutations, and they rebuild the "
+        "matrix within its own marginal error (times 4) and 16 n ((n-1)^2 + 1) u.",
         reference="P20",
         domain="20 iterations on finite logits up to range 1e3, n <= 5",
         method="weights and permutations checked one by one",

@@ -246,8 +246,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="exact_side_of_the_operator",
         family="layer",
-        statement="The acting operator's last side sums to 1 within (n+1) u (with eps: as the exact recurrence), so equal "
-        "streams stay equal.",
+        statement="The acting operator's last side sums to 1 within (n+1) u (with eps: as the exact recurrence), so "
+        "equal streams stay equal.",
         reference="SPEC 1, 5, P13",
         domain="as for maps_follow_the_equations",
         method="compensated sums; matrix products",

@@ -83,8 +83,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="rounding_makes_both_sides_exact",
         family="rounding",
-        statement="round_to_polytope gives non-negative entries and both sums within (n+4) u of 1, plus one cast where the "
-        "result is stored in half precision.",
+        statement="round_to_polytope gives non-negative entries and both sums within (n+4) u of 1, plus one cast where "
+        "the result is stored in half precision.",
         reference="SPEC 4, P17, numerics 3.5",
         domain="truncated, crude, raw and sparse matrices from all generators, n <= 8",
         method="compensated sums of the stored entries",
@@ -98,8 +98,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="shrinking_gives_norm_at_most_one",
         family="rounding",
-        statement="round_to_nonexpansive gives sums and norm at most 1: strictly in float32, within (n+2) u in float64, "
-        "plus one cast in half precision; no entry grows.",
+        statement="round_to_nonexpansive gives sums and norm at most 1: strictly in float32, within (n+2) u in "
+        "float64, plus one cast in half precision; no entry grows.",
         reference="SPEC 4, numerics 3.5",
         domain="as for rounding_makes_both_sides_exact",
         method="norm decided in exact arithmetic",
@@ -125,7 +125,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="rounding_is_the_algorithm",
         family="rounding",
-        statement="Both finishes are within (4n+16) u of the algorithm in exact fractions; doubly stochastic matrices stay.",
+        statement="Both finishes are within (4n+16) u of the algorithm in exact fractions; doubly stochastic "
+        "matrices stay.",
         reference="numerics 3.5",
         domain="as for rounding_makes_both_sides_exact, n <= 5",
         method="the algorithm re-executed in fractions on the stored entries",

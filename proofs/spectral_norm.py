@@ -67,7 +67,7 @@ CLAIMS: tuple[Claim, ...] = (
         statement="norm_2^2 <= max row sum * max column sum for the stored entries, and no entry is negative.",
         reference="SPEC 5, numerics 3.3",
         domain="finite logits up to range 1e3, n <= 5",
-        method="exact: symmetric elimination over the rationals",
+        method="symmetric elimination over the rationals",
         provenance="exact",
         lemma="schur",
         lemmas=("wcs", "certificate"),
