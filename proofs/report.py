@@ -12,14 +12,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from proofs._claim import Sample
 from proofs.runner import Outcome
 
-__all__ = ["describe", "load_failures", "print_failures", "print_table", "write_json", "write_junit"]
+__all__ = ["describe", "explain", "load_failures", "print_failures", "print_table", "write_json", "write_junit"]
 
 _STYLE = {"holds": "green", "broken": "bold red", "not claimed": "dim"}
 
@@ -89,21 +88,26 @@ def describe(sample: Sample) -> str:
     return f"{shown}  # {sample.dtype}, from {sample.note or 'a stored example'}, seed {sample.seed}"
 
 
+def explain(outcome: Outcome) -> str:
+    """Return statement, domain, finding and smallest example of a broken claim as plain text."""
+    assert outcome.worst is not None and outcome.failing is not None
+    return "\n".join(
+        (
+            f"{outcome.claim.name} is broken by {outcome.subject}",
+            f"  claim:  {outcome.claim.statement}",
+            f"  domain: {outcome.claim.domain}",
+            f"  seen {outcome.worst.seen:.6g}, allowed {outcome.worst.allowed:.6g}: {outcome.reason}",
+            f"  logits = {describe(outcome.failing)}",
+        )
+    )
+
+
 def print_failures(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Print statement, finding and smallest example of every broken claim."""
     for outcome in outcomes:
-        if outcome.verdict != "broken":
-            continue
-        assert outcome.worst is not None and outcome.failing is not None
-        console.rule(f"[bold red]{outcome.claim.name}[/] broken by {escape(outcome.subject)}", align="left")
-        console.print(outcome.claim.statement, highlight=False, markup=False)
-        console.print(f"domain: {outcome.claim.domain}", highlight=False, markup=False)
-        console.print(
-            f"seen {outcome.worst.seen:.6g}, allowed {outcome.worst.allowed:.6g}: {outcome.reason}",
-            highlight=False,
-            markup=False,
-        )
-        console.print(f"logits = {describe(outcome.failing)}", highlight=False, markup=False)
+        if outcome.verdict == "broken":
+            console.print(Text(explain(outcome), style=""), soft_wrap=True)
+            console.print()
 
 
 def _versions() -> dict[str, str]:
