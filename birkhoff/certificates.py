@@ -142,8 +142,12 @@ class Certificate:
         if count == 0:
             return f"Certificate of an empty batch ({self.provenance})"
         low, high = float(xp.max(self.norm2_lower)), float(xp.max(self.norm2_upper))
-        what = f"{count} matrices" if self.num_layers == 1 else f"{count} products of {self.num_layers} matrices"
-        return f"largest spectral norm of {what} in [{low:.9f}, {high:.9f}] ({self.provenance})"
+        one, many = ("matrix", "matrices") if self.num_layers == 1 else ("product", "products")
+        factors = "" if self.num_layers == 1 else f" of {self.num_layers} matrices"
+        what = (
+            f"spectral norm of a {one}{factors}" if count == 1 else f"largest spectral norm of {count} {many}{factors}"
+        )
+        return f"{what} in [{low:.9f}, {high:.9f}] ({self.provenance})"
 
 
 def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None) -> Certificate:
@@ -193,7 +197,7 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
     >>> import birkhoff
     >>> cert = birkhoff.certify(np.array([[0.5, 0.5], [0.75, 0.25]]))
     >>> print(cert)
-    largest spectral norm of 1 matrices in [1.030776406, 1.030776406] (enclosure)
+    spectral norm of a matrix in [1.032662147, 1.032662147] (enclosure)
     >>> cert.row_sums, cert.column_sums
     (array([1., 1.]), array([1.25, 0.75]))
     >>> birkhoff.certify(np.eye(3)).provenance
