@@ -15,7 +15,7 @@ from birkhoff import _math, _xp
 
 __all__ = ["Frame", "frame_for", "map_pieces", "split_by_range"]
 
-_PIECE_BYTES = 3 << 17  # of one stack of matrices; a step touches about four
+_PIECE_BYTES = 3 << 17  # of one stack of matrices, in float32; a step touches about four
 _SMALL_ORDER = 32
 _SMALL_BATCH = 16
 
@@ -68,18 +68,24 @@ def frame_for(xp: Any, accumulate: Any, *, branch: bool = False) -> Frame:
 
 
 def map_pieces(
-    function: Callable[..., tuple[Any, ...]], xp: Any, stacks: Sequence[Any], accumulate: Any, *, branch: bool
+    function: Callable[..., tuple[Any, ...]],
+    xp: Any,
+    stacks: Sequence[Any],
+    accumulate: Any,
+    *,
+    branch: bool,
+    keeps_tape: bool = False,
 ) -> tuple[Any, ...]:
     """Apply ``function(frame, *stacks)`` to a batch, piece by piece where that is faster.
 
     ``stacks`` have shape ``(B, n, n)``, results ``(B, n, n)`` or ``(B, 1, 1)``. Without ``branch`` the whole batch is
-    one piece in its own layout.
+    one piece in its own layout. A function that keeps every iterate gets pieces of half the size.
     """
     batch, n = stacks[0].shape[0], stacks[0].shape[-1]
     if not branch or n > _SMALL_ORDER or batch < _SMALL_BATCH:
         return function(frame_for(xp, accumulate, branch=branch), *stacks)
     frame = Frame(xp, 0, 1, accumulate, branch)
-    length = max(_SMALL_BATCH, _PIECE_BYTES // (n * n * 4))
+    length = max(_SMALL_BATCH, (_PIECE_BYTES >> keeps_tape) // (n * n * 4))
     results: list[Any] = []
     for start in range(0, batch, length):
         stop = min(start + length, batch)

@@ -1,7 +1,7 @@
-r"""Laplacians of positive matrices: the linear algebra of Newton's method and of implicit gradients, without cancellation.
+r"""Laplacians of positive matrices: the linear algebra of Newton's method and implicit gradients, without cancellation.
 
-For a positive matrix P with row sums r, the matrix :math:`\operatorname{diag}(P^\top 1) - P^\top \operatorname{diag}(1/r) P`
-is the Laplacian of a graph: its off-diagonal entries are :math:`-W_{jk}` with
+For a positive matrix P with row sums r, the matrix :math:`\operatorname{diag}(P^\top 1) - P^\top
+\operatorname{diag}(1/r) P` is the Laplacian of a graph: its off-diagonal entries are :math:`-W_{jk}` with
 
 .. math:: W_{jk} = \sum_i P_{ij} P_{ik} / r_i \ge 0
 
@@ -52,10 +52,10 @@ def weights(matrix: Any, line_sums: Any, xp: Any) -> Any:
 
 
 def solve_laplacian(weight: Any, right: Any, xp: Any, *, noise: Any = None) -> Any:
-    """Solve ``Laplacian(weight) x = right`` with the last unknown zero; ``right`` sums to zero. ``(n, n, B), (n, B)``.
+    """Solve ``Laplacian(weight) x = right``, last unknown zero; ``right`` sums to zero. ``(n, n, B), (n, B)``.
 
-    Sources (also those of whole clusters, which elimination adds up) of size at most ``noise`` (B,) count as zero: a
-    weak link would turn their rounding into a huge difference.
+    Sources (also those of whole clusters, which elimination adds up) of size at most ``noise``, shape ``(B,)``, count
+    as zero: a weak link would turn their rounding into a huge difference.
     """
     eliminated = []
     for _ in range(weight.shape[0] - 1):
@@ -74,10 +74,10 @@ def solve_laplacian(weight: Any, right: Any, xp: Any, *, noise: Any = None) -> A
 
 
 def kl_derivative(matrix: Any, direction: Any, frame: Frame) -> Any:
-    r"""Derivative of the KL projection at its solution P, applied to a direction G (it is symmetric: Jvp and vjp alike).
+    r"""Derivative of the KL projection at its solution P, applied to a direction G; symmetric, so jvp and vjp alike.
 
-    .. math:: P \circ (G - \lambda 1^\top - 1 \mu^\top), \qquad \mu_j \text{ from } \operatorname{Laplacian}(W)\, \mu = b,
-              \quad b_j = \sum_{ik} P_{ij} P_{ik} (G_{ij} - G_{ik}) / r_i
+    .. math:: P \circ (G - \lambda 1^\top - 1 \mu^\top), \quad \operatorname{Laplacian}(W)\, \mu = b, \quad
+              b_j = \sum_{ik} P_{ij} P_{ik} (G_{ij} - G_{ik}) / r_i
 
     with the actual sums of P. The right side is summed in differences, so it has the size of the weights, and a
     permutation gives zero instead of amplified rounding.

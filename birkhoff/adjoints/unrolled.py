@@ -109,7 +109,8 @@ def unrolled_vjp(logits: Any, grad_matrix: Any, solver: Any, *, xp: Any, accumul
         return _layout.split_by_range(solver, frame, parts, sweep)
 
     with _xp.quiet(logits):
-        return _layout.map_pieces(piece, xp, (logits, grad_matrix), accumulate, branch=branch)[0]
+        stacks = (logits, grad_matrix)
+        return _layout.map_pieces(piece, xp, stacks, accumulate, branch=branch, keeps_tape=True)[0]
 
 
 def unrolled_matrix(logits: Any, solver: Any, *, xp: Any, accumulate: Any) -> Any:
