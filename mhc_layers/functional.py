@@ -1,7 +1,7 @@
 """Stateless steps on streams ``(..., n, C)``: coefficients, read, write, expand, collapse.
 
 These are the plain-torch steps that every device can run; fused kernels replace them row by row
-(:mod:`mhc_layers._registry`). Coefficients are always computed in float32 or better, whatever the dtype of the
+(the table in ``mhc_layers._registry``). Coefficients are always computed in float32 or better, whatever the dtype of the
 streams and whether or not autocast is on; the streams themselves are never copied to float32 unless they have less.
 
 Shape legend: B tokens' leading axes ``...``, n streams, C channels.
@@ -104,7 +104,7 @@ def inverse_rms(vec: Tensor, convention: Convention) -> Tensor:
 
 
 def threaded_logits(x: Tensor, params: SiteParameters, convention: Convention = PAPER) -> tuple[Tensor, Tensor, Tensor]:
-    """Like :func:`site_logits`, and also the streams to use from here on (:mod:`mhc_layers._streams`)."""
+    """Like :func:`site_logits`, and also the streams to use from here on (``mhc_layers._streams``)."""
     n = x.shape[-2]
     num_res = params.phi.shape[0] - 2 * n
     with without_autocast(x.device.type):

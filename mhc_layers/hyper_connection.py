@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from birkhoff._registry import Resolution
 from mhc_layers import functional
-from mhc_layers._precision import KeepsFloat32
+from mhc_layers.precision import KeepsFloat32
 from mhc_layers._registry import SiteFacts, explain, resolve
 from mhc_layers._sites import SiteImplementation, SiteState
 from mhc_layers.config import CONNECTION_KINDS

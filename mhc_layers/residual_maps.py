@@ -1,6 +1,6 @@
 """What may stand in for the projection of the residual logits: constructions, other solvers, and no constraint at all.
 
-Every map has the interface of :class:`birkhoff.parametrizations.protocol.Parametrization`: ``num_parameters(n)``,
+Every map has the interface of the parametrizations of birkhoff: ``num_parameters(n)``,
 ``initial_parameters(n, mass=...)`` and ``matrix(parameters (..., k), n) -> (..., n, n)``.
 """
 

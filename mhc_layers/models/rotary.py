@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_layers._precision import KeepsFloat32
+from mhc_layers.precision import KeepsFloat32
 
 __all__ = ["RotaryEmbedding", "rotate"]
 
