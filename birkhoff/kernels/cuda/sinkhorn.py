@@ -1,7 +1,7 @@
 """Batched Sinkhorn in CUDA C++, forward and exact backward, for n = 1..32 on CuPy arrays and torch tensors.
 
-The source is ``sinkhorn.cu``, compiled at run time for one (n, dtype, method, order) and cached on disk. A lane holds a
-whole matrix up to n = 8 (backward 4); above, a G x G grid of lanes holds blocks of it.
+The source is ``tile.cuh`` and ``sinkhorn.cu``, compiled at run time for one (n, dtype, method, order) and cached on disk. A
+lane holds a whole matrix up to n = 8 (backward 4); above, a grid of lanes holds blocks of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["MAX_SIZE", "sinkhorn_backward", "sinkhorn_forward"]
 #: Largest n of these kernels.
 MAX_SIZE = 32
 
-#: Iterations whose scalings the backward keeps in shared memory at a time.
+#: Most iterations whose scalings the backward keeps in shared memory at a time.
 _KEPT = 24
 
 _ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
@@ -29,72 +29,86 @@ _ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
 
 @dataclass(frozen=True)
 class _Launch:
-    """How one kernel is specialised and launched."""
+    """How a kernel is specialised: the grid of lanes that holds a matrix, threads a block, blocks a multiprocessor."""
 
-    lanes: int  # G: a matrix is spread over G x G lanes
+    lane_rows: int
+    lane_columns: int
     threads: int
-    blocks: int  # blocks a multiprocessor, for the register limit
-    waves: int  # grid = multiprocessors * blocks * waves, or fewer when the batch is small
+    blocks: int
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that hold one matrix."""
+        return self.lane_rows * self.lane_columns
 
 
-def _forward_launch(n: int, double: bool) -> _Launch:
-    if double:
-        return _Launch(1, 128, 4, 4) if n <= 4 else _Launch(2 if n <= 8 else 4, 128, 2, 4)
-    if n <= 4:
-        return _Launch(1, 128, 8, 2)
-    if n <= 8:
-        return _Launch(1, 128, 3, 2)
-    return _Launch(2 if n <= 16 else 4, 128, 3, 4)
+#: (largest n, launch), forward and backward, in float32 (and 16-bit) and float64.
+_FORWARD = {
+    False: (
+        (4, _Launch(1, 1, 128, 8)),
+        (8, _Launch(1, 1, 128, 3)),
+        (16, _Launch(2, 2, 128, 4)),
+        (32, _Launch(4, 4, 128, 4)),
+    ),
+    True: (
+        (4, _Launch(1, 1, 128, 4)),
+        (8, _Launch(2, 2, 128, 3)),
+        (16, _Launch(4, 4, 128, 3)),
+        (32, _Launch(8, 4, 128, 2)),
+    ),
+}
+_BACKWARD = {
+    False: (
+        (4, _Launch(1, 1, 32, 10)),
+        (8, _Launch(2, 2, 32, 16)),
+        (16, _Launch(4, 2, 32, 14)),
+        (32, _Launch(8, 4, 32, 14)),
+    ),
+    True: (
+        (4, _Launch(1, 1, 32, 5)),
+        (8, _Launch(2, 2, 32, 8)),
+        (16, _Launch(4, 4, 32, 8)),
+        (32, _Launch(8, 4, 32, 7)),
+    ),
+}
 
 
-def _backward_launch(n: int, double: bool) -> _Launch:
-    if double:
-        return _Launch(1, 32, 5, 4) if n <= 4 else _Launch(2 if n <= 8 else 4, 32, 4, 4)
-    if n <= 4:
-        return _Launch(1, 32, 10, 4)
-    if n <= 16:
-        return _Launch(2 if n <= 8 else 4, 32, 10, 4)
-    return _Launch(4, 32, 8, 4)
+def _launch(table: dict[bool, tuple[tuple[int, _Launch], ...]], n: int, double: bool) -> _Launch:
+    return next(launch for largest, launch in table[double] if n <= largest)
 
 
 @functools.cache
-def _source() -> str:
-    return Path(__file__).with_name("sinkhorn.cu").read_text(encoding="utf-8")
+def source(name: str) -> str:
+    """Text of a translation unit: ``tile.cuh``, then the file of that name."""
+    here = Path(__file__).parent
+    return "\n".join((here / file).read_text(encoding="utf-8") for file in ("tile.cuh", name))
+
+
+def flags(n: int, element: int, launch: _Launch, **switches: bool) -> tuple[str, ...]:
+    """Options that specialise ``tile.cuh``."""
+    pairs = (n + 1) // 2
+    values = {
+        "N": n,
+        "GR": launch.lane_rows,
+        "GC": launch.lane_columns,
+        "ELEMENT": element,
+        "THREADS": launch.threads,
+        "BLOCKS": launch.blocks,
+        "PAIRS_A": pairs,
+        "PAIRS_B": pairs,
+        **{name.upper(): int(value) for name, value in switches.items()},
+    }
+    return ("--std=c++17", *(f"-D{name}={value}" for name, value in values.items()))
 
 
 @functools.lru_cache(maxsize=256)
-def _module(
+def _kernel(
     backward: bool, n: int, element: int, damped: bool, rows_first: bool, capped: bool, launch: _Launch, device: int
-) -> Any:
-    pairs = (n + 1) // 2
-    return compiler.load(
-        _source(),
-        (
-            "--std=c++17",
-            f"-DBACKWARD={int(backward)}",
-            f"-DN={n}",
-            f"-DG={launch.lanes}",
-            f"-DELEMENT={element}",
-            f"-DDAMPED={int(damped)}",
-            f"-DROWS_FIRST={int(rows_first)}",
-            f"-DCAPPED={int(capped)}",
-            f"-DTHREADS={launch.threads}",
-            f"-DBLOCKS={launch.blocks}",
-            f"-DPAIRS_A={pairs}",
-            f"-DPAIRS_B={pairs}",
-        ),
+) -> compiler.Kernel:
+    options = flags(n, element, launch, backward=backward, damped=damped, rows_first=rows_first, capped=capped)
+    return compiler.load(source("sinkhorn.cu"), options).function(
+        "sinkhorn_backward" if backward else "sinkhorn_forward"
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _multiprocessors(device: int) -> int:
-    if compiler.available() == "cupy":
-        import cupy
-
-        return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
-    import torch
-
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _dtype_name(array: Any) -> str:
@@ -123,12 +137,21 @@ def _empty_like(array: Any) -> Any:
 
 
 def _tile_bytes(n: int, launch: _Launch, itemsize: int) -> int:
+    """Shared memory of a warp's 32 matrices; none where lanes read their blocks themselves."""
     return 32 * n * n * itemsize if launch.lanes == 1 else 0
 
 
-def _grid(batch: int, launch: _Launch, device: int) -> int:
-    matrices = launch.threads // 32 * (32 // launch.lanes**2)
-    return min(-(-batch // matrices), _multiprocessors(device) * launch.blocks * launch.waves)
+def _history_bytes(n: int, launch: _Launch, real_bytes: int) -> int:
+    """Shared memory of the scalings of one iteration, for a warp: STEP_PITCH of ``sinkhorn.cu``."""
+    rows, columns = -(-n // launch.lane_rows), -(-n // launch.lane_columns)
+    vector = 4 if rows % 4 == 0 and columns % 4 == 0 and real_bytes == 4 else 1
+    if launch.lanes == 1:
+        return 32 * (rows + columns) * real_bytes
+    return 32 // launch.lanes * (rows * launch.lane_rows + columns * launch.lane_columns + vector) * real_bytes
+
+
+def _blocks(batch: int, launch: _Launch) -> int:
+    return -(-batch // (launch.threads // launch.lanes))
 
 
 def _scalars(
@@ -176,11 +199,10 @@ def sinkhorn_forward(
     if batch == 0 or n == 0:
         return matrix
     element, device = _ELEMENTS[_dtype_name(logits)], _device_index(logits)
-    launch = _forward_launch(n, element == 3)
-    module = _module(False, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
-    shared = launch.threads // 32 * 2 * _tile_bytes(n, launch, logits.dtype.itemsize)
-    module.function("sinkhorn_forward")(
-        (_grid(batch, launch, device),),
+    launch = _launch(_FORWARD, n, element == 3)
+    kernel = _kernel(False, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
+    kernel(
+        (_blocks(batch, launch),),
         (launch.threads,),
         (
             _aligned(logits),
@@ -188,7 +210,7 @@ def sinkhorn_forward(
             np.int64(batch),
             *_scalars(num_iters, None, eps_start, eps_den, range_cap, element == 3),
         ),
-        shared_bytes=shared,
+        shared_bytes=launch.threads // 32 * _tile_bytes(n, launch, logits.dtype.itemsize),
     )
     return matrix
 
@@ -221,14 +243,14 @@ def sinkhorn_backward(
     if batch == 0 or n == 0:
         return grad_logits
     element, device = _ELEMENTS[_dtype_name(logits)], _device_index(logits)
-    launch = _backward_launch(n, element == 3)
-    module = _module(True, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
-    kept = -(-num_iters // -(-num_iters // _KEPT))
-    side = -(-n // launch.lanes)
-    history = kept * 2 * side * 32 * (8 if element == 3 else 4)
-    shared = launch.threads // 32 * max(history, 2 * _tile_bytes(n, launch, logits.dtype.itemsize))
-    module.function("sinkhorn_backward")(
-        (_grid(batch, launch, device),),
+    launch = _launch(_BACKWARD, n, element == 3)
+    kernel = _kernel(True, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
+    segments = -(-num_iters // _KEPT)
+    kept = -(-num_iters // segments)
+    history = kept * _history_bytes(n, launch, 8 if element == 3 else 4)
+    tiles = 2 * _tile_bytes(n, launch, logits.dtype.itemsize)
+    kernel(
+        (_blocks(batch, launch),),
         (launch.threads,),
         (
             _aligned(logits),
@@ -237,6 +259,6 @@ def sinkhorn_backward(
             np.int64(batch),
             *_scalars(num_iters, kept, eps_start, eps_den, range_cap, element == 3),
         ),
-        shared_bytes=shared,
+        shared_bytes=launch.threads // 32 * max(history, tiles),
     )
     return grad_logits
