@@ -13,8 +13,6 @@ from rich.table import Table
 
 from mhc_layers.config import TransformerConfig
 
-_SHORT = {"forward": "fwd", "backward": "bwd", "recompute": "re"}
-
 __all__ = ["Traffic", "connection_traffic", "traffic_table"]
 
 
@@ -73,7 +71,7 @@ def connection_traffic(num_streams: int) -> list[Traffic]:
         raise ValueError(f"num_streams is {num_streams}; it must be 1 or more")
     n = num_streams
     rows = [
-        ("residual (reads 2C, writes C)", "forward", "3", 3),
+        ("residual (2C in, C out)", "forward", "3", 3),
         ("unfused (paper, Table 2)", "forward", "8n+2", 8 * n + 2),
         ("separate kernels", "forward", "4n+2", 4 * n + 2),
         ("fused boundary, then read", "forward", "3n+2", 3 * n + 2),
@@ -104,26 +102,22 @@ def traffic_table(config: TransformerConfig, *, element_size: int = 2, bandwidth
     sites = 2 * config.num_layers
     table = Table(
         box=SIMPLE,
-        title=f"memory traffic per token: n = {config.num_streams}, C = {config.dim}, {sites} sites, "
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"memory traffic a token: n = {config.num_streams}, C = {config.dim}, {sites} sites, "
         f"{element_size}-byte elements",
     )
-    table.add_column("way", no_wrap=True)
-    table.add_column("pass", no_wrap=True)
-    for heading in ("elements", "bytes", "B/site", "B/model"):
+    for heading in ("way", "elements"):
+        table.add_column(heading, no_wrap=True)
+    headings = ["bytes", "B/site", "B/model"] + (["s/Mtok"] if bandwidth else [])
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    if bandwidth:
-        table.add_column("s/Mtoken", justify="right", no_wrap=True)
+    direction = None
     for row in connection_traffic(config.num_streams):
+        if row.direction != direction:
+            direction = row.direction
+            table.add_row(f"[bold]{direction}")
         size = row.num_bytes(config.dim, element_size)
-        cells = [
-            row.name,
-            _SHORT[row.direction],
-            f"{row.formula} = {row.channels}C",
-            f"{row.channels * element_size}C",
-            f"{size:,}",
-            f"{size * sites:,}",
-        ]
-        if bandwidth:
-            cells.append(f"{1e6 * size * sites / bandwidth:.3f}")
-        table.add_row(*cells)
+        cells = [row.name, f"({row.formula})C", f"{row.channels * element_size}C", f"{size:,}", f"{size * sites:,}"]
+        table.add_row(*cells, *([f"{1e6 * size * sites / bandwidth:.3f}"] if bandwidth else []))
     return table
