@@ -1,8 +1,8 @@
 """Stateless steps on streams ``(..., n, C)``: coefficients, read, write, expand, collapse.
 
-These are the plain-torch steps that every device can run; fused kernels replace them row by row
-(the table in ``mhc_layers._registry``). Coefficients are always computed in float32 or better, whatever the dtype of the
-streams and whether or not autocast is on; the streams themselves are never copied to float32 unless they have less.
+These are the plain-torch steps that every device can run; fused kernels replace them row by row (the table in
+``mhc_layers._registry``). Coefficients are always computed in float32 or better, whatever the dtype of the streams and
+whether or not autocast is on. Narrower streams are widened for each product and not kept wide.
 
 Shape legend: B tokens' leading axes ``...``, n streams, C channels.
 """

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from birkhoff._registry import Resolution
 from mhc_layers import functional
-from mhc_layers.precision import KeepsFloat32
 from mhc_layers._registry import SiteFacts, explain, resolve
 from mhc_layers._sites import SiteImplementation, SiteState
 from mhc_layers.config import CONNECTION_KINDS
 from mhc_layers.conventions import PAPER, Convention, get_convention
 from mhc_layers.initialization import Init, get_init
+from mhc_layers.precision import KeepsFloat32
 from mhc_layers.residual_maps import get_res_map
 
 __all__ = ["CapturedCoefficients", "HyperConnection", "SiteRecord", "capture_coefficients"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mhc_layers import functional
-from mhc_layers.precision import KeepsFloat32
 from mhc_layers.conventions import Convention
+from mhc_layers.precision import KeepsFloat32
 
 __all__ = ["HyperHead", "LastPreReadout", "LearnedReadout", "MeanReadout", "SumReadout", "make_readout"]
 
