@@ -8,10 +8,13 @@ import numpy as np
 
 from birkhoff import reference, solvers
 
-__all__ = ["SOLVERS", "adversarial", "gaussian", "is_sinkhorn", "oracle", "solver_id", "unit"]
+__all__ = ["SINKHORN", "SOLVERS", "adversarial", "gaussian", "oracle", "solver_id", "unit"]
 
 SOLVERS = [getattr(solvers, name) for name in solvers.__all__]
 """Every class that the library lists: a new solver is tested by being listed."""
+
+SINKHORN = [kind for kind in SOLVERS if hasattr(kind, "trajectory")]
+"""Those that promise a truncated iteration, which the oracle computes."""
 
 
 def solver_id(kind: type) -> str:
@@ -20,11 +23,6 @@ def solver_id(kind: type) -> str:
 
 def unit(dtype: Any) -> float:
     return float(np.finfo(dtype).eps) / 2
-
-
-def is_sinkhorn(solver: Any) -> bool:
-    """Whether the solver promises a truncated iteration that the oracle computes."""
-    return solver.method in ("knopp", "log", "damped")
 
 
 def oracle(solver: Any, logits: np.ndarray) -> np.ndarray:

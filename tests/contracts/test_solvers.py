@@ -12,7 +12,7 @@ import birkhoff
 from birkhoff import Status
 from birkhoff._xp import array_namespace
 from tests.backends import BACKENDS, Backend, to_numpy
-from tests.contracts.cases import SOLVERS, adversarial, gaussian, is_sinkhorn, oracle, solver_id, unit
+from tests.contracts.cases import SOLVERS, adversarial, gaussian, solver_id, unit
 
 pytestmark = [
     pytest.mark.parametrize("kind", SOLVERS, ids=solver_id),
@@ -31,22 +31,8 @@ def last_axis(solver: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("first", ["columns", "rows"])
-def test_follows_the_oracle(kind: type, backend: Backend, dtype: Any, n: int, first: str, rng: Any) -> None:
-    solver = kind(first=first)
-    if not is_sinkhorn(solver):
-        pytest.skip("converges instead of truncating; its own tests compare with the limit")
-    values = np.concatenate([gaussian(rng, n, std, 40, dtype) for std in (0.1, 1, 3, 10, 30, 100)])
-    result = run(backend, values, solver)
-    spread = values.max(axis=(-2, -1)) - values.min(axis=(-2, -1))
-    error = np.abs(to_numpy(result.matrix) - oracle(solver, values)).max(axis=(-2, -1))
-    assert (error <= 4 * n * unit(dtype) * np.maximum(1, spread / 16)).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_last_side_is_exact_and_entries_are_probabilities(kind: type, backend: Backend, dtype: Any, rng: Any) -> None:
-    for n in (1, 2, 3, 5, 8, 16):
+    for n in (1, 2, 3, 8):
         solver = kind()
         values = np.concatenate([adversarial(n, dtype), gaussian(rng, n, 5.0, 20, dtype)])
         matrix = to_numpy(run(backend, values, solver).matrix)
@@ -93,7 +79,7 @@ def test_input_is_not_changed_and_layout_does_not_matter(kind: type, backend: Ba
 
 
 def test_a_batch_gives_what_its_parts_give(kind: type, backend: Backend, rng: Any) -> None:
-    values = np.concatenate([gaussian(rng, 3, std, 8, np.float32) for std in (0.5, 20.0, 80.0)])
+    values = np.concatenate([gaussian(rng, 3, std, 6, np.float32) for std in (0.5, 20.0, 80.0)])
     solver = kind()
     whole = to_numpy(run(backend, values, solver).matrix)
     parts = np.stack([to_numpy(run(backend, values[k], solver).matrix) for k in range(len(values))])
