@@ -231,7 +231,7 @@ def random_state() -> dict[str, Tensor]:
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([_nan_if_none(gauss)], dtype=torch.float64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
@@ -244,8 +244,8 @@ def random_state() -> dict[str, Tensor]:
 def restore_random_state(state: dict[str, Tensor]) -> None:
     """Put the states of :func:`random_state` back."""
     version, *words = state["python"].tolist()
-    gauss = float(state["python_gauss"])
-    random.setstate((version, tuple(words), None if np.isnan(gauss) else gauss))
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if has_gauss else None))
     *keys, position, has_gauss = state["numpy"].tolist()
     np.random.set_state(  # noqa: NPY002
         ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(state["numpy_gauss"]))
@@ -253,11 +253,6 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _nan_if_none(value: float | None) -> float:
-    """Return NaN for None: safetensors hold no None."""
-    return float("nan") if value is None else value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -249,7 +249,7 @@ class Trainer:
         set_learning_rate(self.optimizers, learning_rate_factor(config.schedule, self.step, config.steps))
         tokens = self._to_device(self.windows.batch(self.step, self._rows))
         loss = self.engine.forward_backward(
-            tokens, micro_batch_size=config.data.micro_batch_size, watch=lambda: self.monitor.watch(self.step)
+            tokens, micro_batch_size=config.data.micro_batch_size, watch=lambda: self.monitor.watch(self.step + 1)
         )
         norm = self.engine.clip(config.optim.clip_norm)
         if self.device.type == "cpu":

@@ -93,7 +93,7 @@ class Measurement:
     Attributes
     ----------
     step : int
-        Steps done when the forward pass began.
+        Number of the measured step, from 1; its forward pass used the parameters from before its update.
     sites : dict of str to numpy.ndarray
         One value per site, see :func:`measure`.
     composite : dict of str to numpy.ndarray
@@ -151,8 +151,8 @@ class Monitor:
         self._has_sites = bool(getattr(model, "sites", ()))
 
     def due(self, step: int) -> bool:
-        """Say whether the forward pass of this step is measured."""
-        return self._has_sites and self.config.every > 0 and step % self.config.every == 0
+        """Say whether this step's forward pass is measured; steps count from 1, and the first one always is."""
+        return self._has_sites and self.config.every > 0 and (step == 1 or step % self.config.every == 0)
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
