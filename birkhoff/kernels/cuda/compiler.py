@@ -71,7 +71,7 @@ def available() -> str | None:
     return None
 
 
-def load(source: str, options: Sequence[str] = ()) -> Module:
+def load(source: str, options: Sequence[str] = (), *, cooperative: bool = False) -> Module:
     """Compile CUDA C++ for the current device, or take it from the cache.
 
     Parameters
@@ -80,6 +80,8 @@ def load(source: str, options: Sequence[str] = ()) -> Module:
         Text of the translation unit. ``#include <cuda_bf16.h>`` and the like work where the toolkit's headers are.
     options : sequence of str, optional
         Compiler options, for example ``("-DN=4", "--use_fast_math")``. The architecture is the current device's.
+    cooperative : bool, default False
+        Launch with all blocks resident at once, so that they may wait for each other.
 
     Returns
     -------
@@ -97,7 +99,8 @@ def load(source: str, options: Sequence[str] = ()) -> Module:
     Notes
     -----
     The first call for a source compiles (seconds); later calls in the process are a dictionary look-up, and later
-    processes read the cache on disk. Compile before capturing a CUDA graph: loading a module while capturing is an error.
+    processes read the cache on disk. Compile before capturing a CUDA graph: loading a module while capturing is an
+    error.
     """
     backend = available()
     if backend is None:
@@ -108,10 +111,10 @@ def load(source: str, options: Sequence[str] = ()) -> Module:
     if backend == "cupy":
         import cupy
 
-        return _load_cupy(source, tuple(options), cupy.cuda.runtime.getDevice())
+        return _load_cupy(source, tuple(options), cooperative, cupy.cuda.runtime.getDevice())
     import torch
 
-    return _load_bindings(source, tuple(options), torch.cuda.current_device())
+    return _load_bindings(source, tuple(options), cooperative, torch.cuda.current_device())
 
 
 @functools.cache
@@ -196,10 +199,12 @@ class _CupyModule:
 
 
 @functools.cache
-def _load_cupy(source: str, options: tuple[str, ...], device: int) -> Module:
+def _load_cupy(source: str, options: tuple[str, ...], cooperative: bool, device: int) -> Module:
     import cupy
 
-    module = cupy.RawModule(code=source, options=(*options, *_include_options()), backend="nvrtc")
+    module = cupy.RawModule(
+        code=source, options=(*options, *_include_options()), backend="nvrtc", enable_cooperative_groups=cooperative
+    )
     try:
         module.compile()
     except cupy.cuda.compiler.CompileException as error:
@@ -220,8 +225,9 @@ def _check(result: tuple[Any, ...]) -> Any:
 
 
 class _BindingsKernel:
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, cooperative: bool) -> None:
         self._function = function
+        self._cooperative = cooperative
         self._shared_bytes = _DEFAULT_SHARED_BYTES
 
     def __call__(
@@ -243,19 +249,25 @@ class _BindingsKernel:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             blocks, threads = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
-            _check(driver.cuLaunchKernel(self._function, *blocks, *threads, shared_bytes, stream, (values, types), 0))
+            start = (self._function, *blocks, *threads, shared_bytes, stream)
+            if self._cooperative:
+                _check(driver.cuLaunchCooperativeKernel(*start, (values, types)))
+            else:
+                _check(driver.cuLaunchKernel(*start, (values, types), 0))
 
 
 class _BindingsModule:
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, cooperative: bool) -> None:
         self._module = module
+        self._cooperative = cooperative
         self._kernels: dict[str, _BindingsKernel] = {}
 
     def function(self, name: str) -> Kernel:
         if name not in self._kernels:
             from cuda.bindings import driver
 
-            self._kernels[name] = _BindingsKernel(_check(driver.cuModuleGetFunction(self._module, name.encode())))
+            function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
+            self._kernels[name] = _BindingsKernel(function, self._cooperative)
         return self._kernels[name]
 
 
@@ -282,7 +294,7 @@ def _compile_bindings(source: str, options: tuple[str, ...]) -> bytes:
 
 
 @functools.cache
-def _load_bindings(source: str, options: tuple[str, ...], device: int) -> Module:
+def _load_bindings(source: str, options: tuple[str, ...], cooperative: bool, device: int) -> Module:
     import torch
     from cuda.bindings import driver, nvrtc
 
@@ -304,4 +316,4 @@ def _load_bindings(source: str, options: tuple[str, ...], device: int) -> Module
     with torch.cuda.device(device):
         torch.cuda.current_stream(device)  # makes the primary context current before the module is loaded into it
         torch.zeros(1, device=f"cuda:{device}")
-        return _BindingsModule(_check(driver.cuModuleLoadData(cubin)))
+        return _BindingsModule(_check(driver.cuModuleLoadData(cubin)), cooperative)

@@ -1,7 +1,7 @@
 """Batched Sinkhorn in CUDA C++, forward and exact backward, for n = 1..32 on CuPy arrays and torch tensors.
 
-The source is ``tile.cuh`` and ``sinkhorn.cu``, compiled at run time for one (n, dtype, method, order) and cached on disk. A
-lane holds a whole matrix up to n = 8 (backward 4); above, a grid of lanes holds blocks of it.
+The source is ``tile.cuh`` and ``sinkhorn.cu``, compiled at run time for one (n, dtype, method, order) and cached on
+disk. A lane holds a whole matrix up to n = 8 (backward 4); above, a grid of lanes holds blocks of it.
 """
 
 from __future__ import annotations
@@ -111,11 +111,24 @@ def _kernel(
     )
 
 
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a device."""
+    if compiler.available() == "cupy":
+        import cupy
+
+        return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
-def _device_index(array: Any) -> int:
+def device_index(array: Any) -> int:
+    """Index of the CUDA device that holds a torch or CuPy array."""
     device = array.device
     return int(device.index or 0) if hasattr(device, "index") else int(device.id)
 
@@ -198,7 +211,7 @@ def sinkhorn_forward(
     batch, n = int(logits.shape[0]), int(logits.shape[-1])
     if batch == 0 or n == 0:
         return matrix
-    element, device = _ELEMENTS[_dtype_name(logits)], _device_index(logits)
+    element, device = _ELEMENTS[_dtype_name(logits)], device_index(logits)
     launch = _launch(_FORWARD, n, element == 3)
     kernel = _kernel(False, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
     kernel(
@@ -242,7 +255,7 @@ def sinkhorn_backward(
     batch, n = int(logits.shape[0]), int(logits.shape[-1])
     if batch == 0 or n == 0:
         return grad_logits
-    element, device = _ELEMENTS[_dtype_name(logits)], _device_index(logits)
+    element, device = _ELEMENTS[_dtype_name(logits)], device_index(logits)
     launch = _launch(_BACKWARD, n, element == 3)
     kernel = _kernel(True, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
     segments = -(-num_iters // _KEPT)

@@ -1,8 +1,8 @@
 """Operations on the lines (rows and columns) of a batch of n x n matrices held on chip, in either form of tile.py.
 
-``LANE=True``: a matrix is a tuple of n*n tensors of one shape, row-major, a vector a tuple of n. ``LANE=False``: a matrix
-is a tensor ``(BLOCK, N, N)``, a vector ``(BLOCK, N)``. AXIS 0 runs over rows, 1 over columns: sums over AXIS 0 give one
-number a column.
+``LANE=True``: a matrix is a tuple of n*n tensors of one shape, row-major, a vector a tuple of n. ``LANE=False``: a
+matrix is a tensor ``(BLOCK, N, N)``, a vector ``(BLOCK, N)``. AXIS 0 runs over rows, 1 over columns: sums over AXIS 0
+give one number a column.
 """
 # ruff: noqa: RUF005  (Triton compiles tuple concatenation, not unpacking)
 
