@@ -108,7 +108,7 @@ def birkhoff_claim(request: pytest.FixtureRequest) -> ClaimUnderTest:
 
 @pytest.fixture
 def verify_projection(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """A function ``verify(projection, *, last, backend, num_iters, claims)`` that fails on the first run with a breach."""
+    """A function ``verify(projection, *, last, backend, num_iters, claims)`` that fails if a claim is broken."""
     profile = request.config.getoption("--birkhoff-profile")
     seed = request.config.getoption("--birkhoff-seed")
 

@@ -98,8 +98,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="shrinking_gives_norm_at_most_one",
         family="rounding",
-        statement="round_to_nonexpansive gives sums and norm at most 1, within (n+2) roundings of the sums (float64 units for "
-        "float32 values), plus one cast in half precision; no entry grows.",
+        statement="round_to_nonexpansive gives sums and norm at most 1, within (n+2) roundings of the sums (float64 "
+        "units for float32 values), plus one cast in half precision; no entry grows.",
         reference="SPEC 4, numerics 3.5",
         domain="as for rounding_makes_both_sides_exact",
         method="norm decided in exact arithmetic",

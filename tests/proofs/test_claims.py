@@ -1,0 +1,46 @@
+"""The list of claims itself: names, lemmas, and what holds of this library."""
+
+from __future__ import annotations
+
+import pytest
+
+from proofs import claims, runner, subjects, systems
+from proofs.runner import Profile
+from tests.proofs.test_formal import lemmas
+
+
+def test_names_are_unique_and_families_are_modules() -> None:
+    names = [claim.name for claim in claims.CLAIMS]
+    assert len(names) == len(set(names))
+    for claim in claims.CLAIMS:
+        assert claim.samples.__module__ == claim.check.__module__ == f"proofs.{claim.family}", claim.name
+        assert claim.statement.endswith(".") and claim.domain and claim.method and claim.reference
+
+
+def test_every_lemma_that_a_claim_names_is_proved() -> None:
+    named = {name for claim in claims.CLAIMS for name in (claim.lemma, *claim.lemmas) if name is not None}
+    assert named - lemmas() == set()
+    assert len(named) >= 30
+
+
+def test_select_takes_names_and_families() -> None:
+    assert claims.select(None) == claims.CLAIMS
+    assert claims.select(["last_side_exact"]) == (claims.by_name("last_side_exact"),)
+    assert {claim.family for claim in claims.select(["closure"])} == {"closure"}
+    with pytest.raises(ValueError, match="last_side_exact"):
+        claims.by_name("last_side")
+
+
+@pytest.mark.parametrize("backend", ["numpy", "array_api_strict", "torch"])
+def test_every_claim_holds_for_this_library(backend: str) -> None:
+    reason = subjects.BACKENDS[backend].missing()
+    if reason:
+        pytest.skip(reason)
+    effort = Profile("test", 4)
+    found = [*subjects.builtin_subjects([backend]), *systems.builtin_systems([backend])]
+    # the strict namespace runs the same code slowly: what it adds is the bits and the calls
+    chosen = claims.select(["roundoff", "batch"]) if backend == "array_api_strict" else claims.CLAIMS
+    outcomes = runner.run(chosen, found, effort)
+    broken = [f"{outcome.claim.name}: {outcome.subject}" for outcome in outcomes if outcome.verdict == "broken"]
+    assert broken == []
+    assert sum(outcome.verdict == "holds" for outcome in outcomes) > 50

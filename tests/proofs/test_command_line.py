@@ -1,0 +1,83 @@
+"""``python -m proofs``: exit status, table, reports, replay, friendly errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from proofs.__main__ import main
+
+RIGHT = "tests.proofs.broken:right"
+WRONG = "tests.proofs.broken:half_a_step_missing"
+FEW = ["--profile", "quick", "--claim", "last_side_exact", "--claim", "one_by_one_is_one"]
+
+
+def test_exit_status_says_whether_all_claims_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--projection", RIGHT, *FEW]) == 0
+    table = capsys.readouterr().out
+    for word in ("last_side_exact", "holds", "finite logits up to range 1e4", "compensated sums", "2 hold, 0 broken"):
+        assert word in table
+    assert main(["--projection", WRONG, *FEW]) == 1
+    table = capsys.readouterr().out
+    assert "last_side_exact is broken by tests.proofs.broken:half_a_step_missing" in table
+    assert "logits = [[[" in table
+    assert main(["--projection", WRONG, "--last", "columns", *FEW]) == 0
+
+
+def test_reports_can_be_read_back_and_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, junit = tmp_path / "out.json", tmp_path / "out.xml"
+    assert main(["--projection", WRONG, *FEW, "--json", str(report), "--junit", str(junit), "--seed", "3"]) == 1
+    document = json.loads(report.read_text())
+    verdicts = {outcome["claim"]: outcome["verdict"] for outcome in document["outcomes"]}
+    assert verdicts == {"last_side_exact": "broken", "one_by_one_is_one": "holds"}
+    assert document["settings"]["seed"] == 3 and "numpy" in document["versions"]
+    suite = ElementTree.parse(junit).getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert main(["--projection", WRONG, "--replay", str(report)]) == 1
+    assert main(["--projection", RIGHT, "--replay", str(report)]) == 2  # the report is about another projection
+    assert "pass the same ones" in capsys.readouterr().out
+
+
+def test_library_subset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["--backend", "numpy", "--solver", "SinkhornLog", "--claim", "closure", "--profile", "quick", "--detail"])
+        == 0
+    )
+    assert "SinkhornLog on numpy" in capsys.readouterr().out
+
+
+def test_list_prints_statements(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--claim", "last_side_exact"]) == 0
+    assert "lemma rownorm_sum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--projection", "no_colon"], "package.module:function"),
+        (["--projection", "no_such_module:f"], "cannot import 'no_such_module'"),
+        (["--projection", "math:no_such_name"], "has no attribute 'no_such_name'"),
+        (["--projection", "math:pi"], "not a function"),
+        (["--claim", "nonsense"], "unknown claim 'nonsense'"),
+        (["--solver", "Nonsense", "--backend", "numpy"], "birkhoff.solvers has"),
+        (["--replay", "/nonexistent.json", "--backend", "numpy"], "is not a report"),
+        (["--projection", RIGHT, "--claim", "certificate"], "nothing to verify"),
+    ],
+)
+def test_wrong_arguments_get_a_friendly_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_backend_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    from proofs.subjects import BACKENDS
+
+    if BACKENDS["cupy"].missing() is None:
+        pytest.skip("cupy runs here")
+    assert main(["--backend", "cupy"]) == 2
+    assert "cannot run here" in capsys.readouterr().out

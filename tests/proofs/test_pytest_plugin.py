@@ -1,0 +1,64 @@
+"""The pytest plugin, in a pytest of its own; and that it imports nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+TESTS = """
+import numpy as np
+
+def projection(logits):
+    matrix = np.exp(logits - logits.max(axis=(-2, -1), keepdims=True, initial=-np.inf))
+    for _ in range(20):
+        matrix = matrix / matrix.sum(axis=-2, keepdims=True)
+        matrix = matrix / matrix.sum(axis=-1, keepdims=True)
+    return matrix
+
+def test_rows(verify_projection):
+    verify_projection(projection, last="rows", claims=["small_logits_converge", "input_is_not_written"])
+
+def test_columns(verify_projection):
+    verify_projection(projection, last="columns", claims=["last_side_exact"])
+
+def test_each(birkhoff_claim):
+    if birkhoff_claim.name in ("small_logits_converge", "two_by_two_closed_form", "double_backward_works"):
+        birkhoff_claim.check(projection)
+"""
+
+
+def _pytest(folder: Path, *arguments: str) -> str:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(folder),
+        *arguments,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False).stdout
+
+
+def test_fixtures_verify_and_explain(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(TESTS)
+    loaded = _pytest(tmp_path, "--birkhoff-profile", "quick", "test_mine.py")
+    assert "last_side_exact is broken by projection" in loaded
+    assert "logits = [[[" in loaded
+    assert "1 failed" in loaded and "1 skipped" in loaded
+    assert "its backend has no automatic differentiation" in loaded
+
+
+def test_the_plugin_is_light() -> None:
+    code = (
+        "import sys, proofs.pytest_plugin\n"
+        "heavy = {'numpy', 'torch', 'hypothesis', 'rich', 'birkhoff', 'flint', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

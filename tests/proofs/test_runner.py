@@ -1,0 +1,83 @@
+"""The runner: what counts as a breach, how examples shrink, and that runs repeat."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from proofs import claims, runner
+from proofs._claim import Observation, Sample, worst
+from proofs.runner import Profile
+from tests.proofs import broken
+
+EFFORT = Profile("test", 10, shrink_budget=200)
+
+
+def test_observation_is_never_kind_to_nan() -> None:
+    assert not Observation(float("nan"), 1.0).holds
+    assert Observation(float("nan"), 1.0).ratio == np.inf
+    assert Observation(0.0, 0.0).holds and Observation(0.0, 0.0).ratio == 0
+    assert not Observation(1e-300, 0.0).holds and Observation(1e-300, 0.0).ratio == np.inf
+
+
+def test_worst_finds_the_item() -> None:
+    seen = np.zeros((4, 3))
+    seen[2, 1] = 5.0
+    assert worst(seen, 10.0).item == 2 and worst(seen, 10.0).seen == 5.0
+    seen[1, 0] = np.nan
+    assert worst(seen, 10.0).item == 1 and not worst(seen, 10.0).holds
+    assert worst(np.zeros((0, 3)), 1.0).holds
+
+
+def test_an_exception_is_a_breach_with_its_text() -> None:
+    def fails(logits: np.ndarray) -> np.ndarray:
+        raise ZeroDivisionError("not today")
+
+    outcome = runner.run_claim(claims.by_name("last_side_exact"), broken.subject(fails), EFFORT)
+    assert outcome.verdict == "broken" and outcome.reason == "ZeroDivisionError: not today"
+
+
+def test_failing_examples_are_small() -> None:
+    claim = claims.by_name("last_side_exact")
+    outcome = runner.run_claim(claim, broken.subject(broken.half_a_step_missing), EFFORT)
+    assert outcome.failing is not None
+    count, n, _ = outcome.failing.logits.shape
+    assert count == 1 and n == 2
+    # one entry is enough to unbalance a 2 x 2 matrix, and the entries left are short numbers
+    assert np.count_nonzero(outcome.failing.logits) <= 3
+    assert all(len(f"{value:g}") <= 4 for value in outcome.failing.logits.ravel())
+    assert runner.replay(claim, broken.subject(broken.half_a_step_missing), outcome.failing).verdict == "broken"
+    assert runner.replay(claim, broken.subject(broken.right), outcome.failing).verdict == "holds"
+
+
+def test_the_same_seed_gives_the_same_examples() -> None:
+    def examples(seed: int | None) -> list[bytes]:
+        seen: list[bytes] = []
+
+        def record(logits: np.ndarray) -> np.ndarray:
+            seen.append(logits.tobytes())
+            return broken.right(logits)
+
+        runner.run_claim(claims.by_name("small_logits_converge"), broken.subject(record), EFFORT, seed_value=seed)
+        return seen
+
+    assert examples(None) == examples(None)
+    assert examples(7) == examples(7)
+    assert examples(7) != examples(None)
+
+
+def test_a_claim_that_is_not_made_says_why() -> None:
+    claim = claims.by_name("open_side_never_rises")
+    outcome = runner.run_claim(claim, broken.subject(broken.right), EFFORT)
+    assert outcome.verdict == "not claimed" and "not ours to choose" in outcome.reason
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_samples_survive_json_bit_for_bit(dtype: str) -> None:
+    values = np.array([[[np.pi, -np.inf], [np.nan, 5e-324 if dtype == "float64" else 1e-45]]], dtype=dtype)
+    sample = Sample(values, dtype, 12, "by hand")
+    again = Sample.from_record(json.loads(json.dumps(sample.as_record())))
+    assert again.logits.dtype == values.dtype and again.logits.tobytes() == values.tobytes()
+    assert (again.dtype, again.seed, again.note) == (dtype, 12, "by hand")
