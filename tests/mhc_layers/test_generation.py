@@ -31,7 +31,7 @@ def test_decoding_equals_the_full_forward(changes):
     text = tokens(2, 12)
     with torch.no_grad():
         full = model(text)
-        for cuts in ([1] * 12, [5, 1, 4, 2], [12]):
+        for cuts in ([1] * 12, [5, 1, 4, 2]):
             caches = model.make_caches(2)
             pieces = torch.cat([model(piece, caches) for piece in text.split(cuts, dim=1)], dim=1)
             torch.testing.assert_close(pieces, full, rtol=1e-11, atol=1e-11)
@@ -60,7 +60,7 @@ def test_bfloat16_generation():
 
 def test_stop_token():
     model = build()
-    text = generate(model, tokens(2, 3), 20, generator=torch.Generator().manual_seed(0), stop_token=5)
+    text = generate(model, tokens(2, 3), 12, generator=torch.Generator().manual_seed(0), stop_token=5)
     for row in text[:, 3:].tolist():
         if 5 in row:
             assert set(row[row.index(5) :]) == {5}
