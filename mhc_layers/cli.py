@@ -44,6 +44,7 @@ __all__ = ["Bench", "Compare", "Generate", "Inspect", "Train", "main"]
 Connection = Literal["mhc", "mhc_static", "identity", "hc", "hc_static", "residual"]
 
 _INTERRUPTED = 130
+_PLAIN_WIDTH = 120  # where output goes to a file or a pipe, which have no width of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 for success, 1 for an error that was explained, 130 if training was stopped and can be continued.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     try:
         command, resumed = _parse(_with_bare_resume(arguments))
         if isinstance(command, Train):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from mhc_layers import plots
@@ -67,7 +68,7 @@ def compare_runs(folders: Sequence[Path], figure: Path) -> Comparison:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Return the runs as rows, best validation first."""
-    table = Table(title="runs by validation bits per byte")
+    table = Table(title="runs by validation bits per byte", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in (
         "run",
         "connection",

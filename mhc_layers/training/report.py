@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -264,7 +265,7 @@ def report_lines(report: Report) -> list[tuple[str, str]]:
 
 def inspection_table(inspection: Inspection) -> Table:
     """Return the certificates and gains of every site as a table."""
-    table = Table(title=f"operators of {inspection.tokens} tokens")
+    table = Table(title=f"operators of {inspection.tokens} tokens", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in (
         "site",
         "norm_2 at most",

@@ -1,0 +1,146 @@
+"""The command line, from its words to its exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mhc_layers.cli import main
+from mhc_layers.training.checkpoint import load_checkpoint
+from tests.mhc_layers.training_cases import write_text
+
+TINY = [
+    "--device", "cpu", "--threads", "1", "--steps", "4", "--log-every", "1", "--model.dim", "16",
+    "--model.num-layers", "1", "--model.num-heads", "2", "--model.num-kv-heads", "2", "--model.hidden-dim", "32",
+    "--data.seq-len", "16", "--data.batch-size", "2", "--data.held-out", "0.2", "--eval.num-bytes", "64",
+    "--eval.final-bytes", "64", "--eval.sample-bytes", "8", "--monitor.every", "2", "--monitor.certify-every", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return write_text(folder / "text")
+
+
+@pytest.fixture(scope="module")
+def runs(folder, text):
+    """Two finished runs, with figures drawn for the first only."""
+    for connection in ("mhc", "residual"):
+        arguments = ["train", "--recipe", "tiny_cpu", "--connection", connection, "--data", str(text)]
+        assert main([*arguments, "--runs", str(folder / "runs"), *TINY]) == 0
+    return folder / "runs"
+
+
+def test_train_writes_a_run_with_the_overrides(runs, text):
+    config = json.loads((runs / "tiny_cpu-mhc" / "config.json").read_text())
+    assert config["steps"] == 4 and config["model"]["dim"] == 16 and config["data"]["path"] == str(text)
+    record = json.loads((runs / "tiny_cpu-mhc" / "run.json").read_text())
+    assert len(record["corpus"]["sha256"]) == 64 and record["sessions"][0]["from_step"] == 0
+    assert (runs / "tiny_cpu-mhc" / "plots" / "gains.png").is_file()
+    assert json.loads((runs / "tiny_cpu-residual" / "config.json").read_text())["model"]["connection"] == "residual"
+
+
+def test_train_shows_progress_and_report(folder, text, capsys):
+    assert main(["train", "--data", str(text), "--out", str(folder / "shown"), *TINY]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "sha256",
+        "step 4/4",
+        "bits/byte",
+        "tok/s",
+        "validation",
+        "certified norm",
+        "held-out tokens",
+        "sample",
+    ):
+        assert words in shown, words
+
+
+def test_resume_of_a_finished_run_and_of_the_latest(runs, capsys):
+    assert main(["train", "--runs", str(runs), "--resume"]) == 0
+    assert main(["train", "--resume", str(runs / "tiny_cpu-mhc"), "--steps", "5"]) == 0
+    assert "changed since the checkpoint: steps" in capsys.readouterr().out
+    assert load_checkpoint(runs / "tiny_cpu-mhc").step == 5
+
+
+def test_generate_continues_the_prompt(runs, capsys):
+    words = ["generate", str(runs / "tiny_cpu-residual"), "--prompt", "value_", "--num-bytes", "5", "--device", "cpu"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("value_")
+    assert main(words) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("connection", ["mhc", "residual"])
+def test_inspect_prints_certificates(runs, connection, capsys):
+    assert main(["inspect", str(runs / f"tiny_cpu-{connection}"), "--tokens", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "whole depth" in shown and "norm_2 <=" in shown and "sampled" in shown and "feed-forward" in shown
+
+
+def test_inspect_io_needs_no_checkpoint(capsys):
+    assert main(["inspect", "--io", "--dim", "4096", "--bandwidth", "3.35e12"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("20C", "28C", "36C", "81,920", "118C"):
+        assert words in shown
+
+
+def test_compare_prints_and_plots(runs, folder, capsys):
+    figure = folder / "compared.png"
+    words = ["compare", str(runs / "tiny_cpu-mhc"), str(runs / "tiny_cpu-residual"), "--figure", str(figure)]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "mhc" in shown and "residual" in shown and figure.is_file()
+
+
+def test_bench_prints_every_connection(capsys):
+    assert main(["bench", "--dim", "8", "--tokens", "16", "--device", "cpu", "--repeats", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("residual", "identity", "mhc", "hc"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--recipe", "huge"], "there is no recipe 'huge'"),
+        (["train", "--data", "no-such-folder"], "neither a file nor a folder"),
+        (["train", "--steps", "0"], "steps"),
+        (["train", "--resume", "no-such-run"], "does not exist"),
+        (["train", "--convention", "v5"], "presets"),
+        (["generate", "no-such-run"], "does not exist"),
+        (["inspect"], "needs a run directory"),
+        (["compare", "no-such-run"], "report.json"),
+        (["bench", "--device", "tpu"], "accepted are"),
+    ],
+)
+def test_errors_are_one_clear_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words)
+    except SystemExit as error:  # the parser's own message
+        code = error.code
+    captured = capsys.readouterr()
+    assert code not in (0, None) and message in captured.err + captured.out
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_overwritten(runs, text, capsys):
+    folder = runs / "tiny_cpu-residual"
+    before = (folder / "metrics.jsonl").read_text()
+    assert main(["train", "--data", str(text), "--out", str(folder), *TINY]) == 1
+    assert "already holds a run" in capsys.readouterr().err.replace("\n", " ")
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_help_names_the_recipes(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    assert error.value.code == 0 and "tiny_cpu" in capsys.readouterr().out
