@@ -269,8 +269,9 @@ def _report(logits: Any, projected: Any, counts: Any, solver: Solver, xp: Any, s
 
 
 def _refused(solved: Any, status: Any, adjoint: Implicit, xp: Any) -> Any:
-    """The status with ``ill_conditioned_adjoint`` where a converged one has too large a residual for the adjoint."""
-    refused = xp.logical_and(status == int(Status.converged), xp.logical_not(adjoint.trusts(_xp.detach(solved))))
+    """The status with ``ill_conditioned_adjoint`` where the residual is too large for the adjoint."""
+    sound = status <= int(Status.max_iters_reached)  # the other two concern the input, and matter more
+    refused = xp.logical_and(sound, xp.logical_not(adjoint.trusts(_xp.detach(solved))))
     return xp.where(refused, xp.full_like(status, int(Status.ill_conditioned_adjoint)), status)
 
 

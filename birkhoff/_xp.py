@@ -62,17 +62,17 @@ def library_name(xp: Any) -> str:
 
 def device(array: Any) -> Any:
     """Device object of an array, in its own library's terms."""
-    return array_api_compat.device(array)
+    return "cpu" if isinstance(array, np.ndarray) else array.device
 
 
 def device_kind(array: Any) -> str:
     """``"cpu"``, ``"cuda"``, ``"mps"``, ...: CuPy counts as ``"cuda"``, array-api-strict's devices as ``"cpu"``."""
-    if isinstance(array, np.ndarray) or array_api_compat.is_array_api_strict_namespace(array_namespace(array)):
-        return "cpu"
-    if array_api_compat.is_cupy_array(array):
-        return "cuda"
-    where = array_api_compat.device(array)
-    return str(getattr(where, "type", where))
+    where = device(array)
+    library = type(where).__module__.partition(".")[0]
+    return _DEVICE_KINDS.get(library) or str(getattr(where, "type", where))
+
+
+_DEVICE_KINDS = {"cupy": "cuda", "array_api_strict": "cpu"}
 
 
 def dtype_name(dtype: Any) -> str:
@@ -110,7 +110,7 @@ def detach(array: Any) -> Any:
 
 def can_branch(array: Any) -> bool:
     """Whether Python may look at the values at no cost: host arrays of a library that does not trace."""
-    return isinstance(array, np.ndarray) or array_api_compat.is_array_api_strict_namespace(array_namespace(array))
+    return isinstance(array, np.ndarray) or type(array).__module__.startswith("array_api_strict")
 
 
 def to_numpy(array: Any) -> np.ndarray:
