@@ -1,0 +1,111 @@
+"""Misuse raises the stated error, and its message names what was got, what is accepted and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+
+import birkhoff
+from birkhoff import errors
+from birkhoff.solvers import Euclidean, Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog
+from tests.backends import BACKENDS, Backend
+
+FRONT_DOORS = [birkhoff.sinkhorn, birkhoff.project]
+
+
+@pytest.mark.parametrize("door", FRONT_DOORS)
+@pytest.mark.parametrize("bad", [[[0.0, 1.0], [1.0, 0.0]], ((1.0,),), 3.0, "logits", None], ids=repr)
+def test_what_is_not_an_array(door: Any, bad: Any) -> None:
+    with pytest.raises(errors.ArrayTypeError, match=r"expected arrays .* got .*convert with numpy\.asarray"):
+        door(bad)
+    with pytest.raises(TypeError):
+        door(bad)
+
+
+@pytest.mark.parametrize("door", FRONT_DOORS)
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.complex64, np.complex128])
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_what_is_not_real_floating(door: Any, dtype: Any, backend: Backend) -> None:
+    with pytest.raises(errors.DtypeError, match=rf"real floating .* got {np.dtype(dtype).name}.*astype"):
+        door(backend.asarray(np.zeros((2, 2), dtype=dtype)))
+
+
+@pytest.mark.parametrize("door", FRONT_DOORS)
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (5, 2, 3), (3, 3, 2)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_what_is_not_square(door: Any, shape: tuple[int, ...], backend: Backend) -> None:
+    with pytest.raises(errors.ShapeError, match=r"shape \(\.\.\., n, n\), got \("):
+        door(backend.asarray(np.zeros(shape)))
+
+
+def test_mixed_libraries() -> None:
+    torch = pytest.importorskip("torch")
+    for other in (torch.zeros(2, 2, dtype=torch.float64), array_api_strict.zeros((2, 2))):
+        with pytest.raises(errors.ArrayTypeError, match="same library"):
+            birkhoff.adjoints.Unrolled().vjp(np.zeros((2, 2)), other, SinkhornKnopp())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SinkhornKnopp(num_iters=0), "num_iters must be an integer >= 1, got 0"),
+        (lambda: SinkhornLog(num_iters=2.5), "num_iters must be an integer"),
+        (lambda: Newton(num_iters=True), "num_iters must be an integer"),
+        (lambda: SinkhornKnopp(tol=0.0), "tol must be None .* got 0.0"),
+        (lambda: SinkhornKnopp(tol=float("nan")), "tol must be None"),
+        (lambda: SinkhornKnopp(first="cols"), "first must be 'columns' or 'rows', got 'cols'"),
+        (lambda: SinkhornDamped(range_cap=-1.0), "range_cap must be None or a number > 0"),
+        (lambda: SinkhornDamped(eps_den=-1e-6), "eps_den must be >= 0"),
+        (lambda: SinkhornLog(relaxation=2.0), "relaxation must lie between 0 and 2"),
+        (lambda: Euclidean(num_iters=-3), "num_iters must be an integer"),
+        (lambda: birkhoff.Precision(compute="float16"), "Precision.compute must be None or one of"),
+        (lambda: birkhoff.project(np.eye(2), finish="round"), "finish must be one of .* got 'round'"),
+        (lambda: birkhoff.sinkhorn(np.eye(2), 0), "num_iters"),
+    ],
+)
+def test_options_outside_their_domain(make: Any, message: str) -> None:
+    with pytest.raises(errors.OptionError, match=message):
+        make()
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_options_are_keywords() -> None:
+    with pytest.raises(TypeError):
+        SinkhornKnopp(20)
+    with pytest.raises(TypeError):
+        birkhoff.sinkhorn(np.eye(2), 20, "rows")
+
+
+def test_a_dtype_that_the_library_lacks() -> None:
+    with pytest.raises(errors.DtypeError, match="numpy has no dtype 'bfloat16'"):
+        birkhoff.project(np.eye(2), precision=birkhoff.Precision(store="bfloat16"))
+
+
+def test_throw_names_the_matrices_and_the_advice() -> None:
+    values = np.zeros((3, 2, 2, 2))
+    values[1, 0, 0, 0] = np.nan
+    with pytest.raises(
+        errors.ProjectionError, match=r"1 of 6 matrices: nonfinite_input \(batch index \(1, 0\)\)"
+    ) as got:
+        birkhoff.project(values, throw=True)
+    assert birkhoff.Status.nonfinite_input.advice in str(got.value)
+    assert got.value.status[1, 0] == birkhoff.Status.nonfinite_input
+    wide = np.array([[0.0, 50.0], [0.0, 0.0]])
+    birkhoff.project(wide, throw=True)  # without a tolerance, the iterations asked for are what is given
+    with pytest.raises(errors.ProjectionError, match=r"max_iters_reached.*Newton"):
+        birkhoff.project(wide, SinkhornLog(num_iters=5, tol=1e-9), throw=True)
+    zeros = np.array([[0.0, -np.inf], [0.0, -np.inf]])
+    with pytest.raises(errors.ProjectionError, match="no_total_support"):
+        birkhoff.project(zeros, throw=True)
+
+
+def test_every_error_is_documented_and_one_family() -> None:
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        assert issubclass(kind, errors.BirkhoffError) and kind.__doc__
+    missing = errors.MissingPackageError("scipy", needed_by="sparse matrices")
+    assert isinstance(missing, ImportError) and "pip install scipy" in str(missing)
