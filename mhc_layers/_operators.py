@@ -1,4 +1,4 @@
-"""Where the operators ``torch.ops.mhc_layers.*`` are registered."""
+"""Where the operators ``torch.ops.mhc_layers.*`` are registered, and the ``vmap`` rule of the Functions around them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import Function
 
-__all__ = ["register"]
+__all__ = ["batched", "register"]
 
 _LIBRARY = torch.library.Library("mhc_layers", "FRAGMENT")
 
@@ -23,3 +24,35 @@ def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mhc_layers::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.mhc_layers, name).default
+
+
+def batched(
+    function: type[Function],
+    info: Any,
+    in_dims: tuple[Any, ...],
+    args: tuple[Any, ...],
+    num_data: int,
+    optional_data: tuple[int, ...] = (),
+) -> tuple[Any, Any]:
+    """``vmap`` rule: a batch of data is one more leading axis; a batch of parameters is a loop, stacked."""
+    data = {*range(num_data), *optional_data}
+    if all(in_dims[index] is None for index in range(len(args)) if index not in data):
+        moved = [
+            _leading(value, dim, info.batch_size) if index in data else value
+            for index, (value, dim) in enumerate(zip(args, in_dims, strict=True))
+        ]
+        out = function.apply(*moved)
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
+    calls = []
+    for item in range(info.batch_size):
+        chosen = [v if d is None else v.select(d, item) for v, d in zip(args, in_dims, strict=True)]
+        calls.append(function.apply(*chosen))
+    if not isinstance(calls[0], tuple):
+        return torch.stack(calls), 0
+    return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def _leading(value: Any, dim: int | None, size: int) -> Any:
+    if value is None:
+        return None
+    return value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)

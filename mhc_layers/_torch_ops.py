@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from mhc_layers._boundary_ops import boundary
 from mhc_layers._fused_state import FusedState, SiteParams
-from mhc_layers._operators import register
+from mhc_layers._operators import batched, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
 from mhc_layers._sites import FUNCTIONAL, SiteState
 from mhc_layers.conventions import Convention
@@ -265,7 +266,7 @@ class Pre(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _batched(Pre, info, in_dims, args, num_data=1, optional_data=(6,))
+        return batched(Pre, info, in_dims, args, num_data=1, optional_data=(6,))
 
 
 class Post(Function):
@@ -304,39 +305,7 @@ class Post(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _batched(Post, info, in_dims, args, num_data=5)
-
-
-def _batched(
-    function: type[Function],
-    info: Any,
-    in_dims: tuple[Any, ...],
-    args: tuple[Any, ...],
-    num_data: int,
-    optional_data: tuple[int, ...] = (),
-) -> tuple[Any, Any]:
-    """``vmap`` rule: a batch of data is one more leading axis; a batch of parameters is a loop, stacked."""
-    data = {*range(num_data), *optional_data}
-    if all(in_dims[index] is None for index in range(len(args)) if index not in data):
-        moved = [
-            _leading(value, dim, info.batch_size) if index in data else value
-            for index, (value, dim) in enumerate(zip(args, in_dims, strict=True))
-        ]
-        out = function.apply(*moved)
-        return out, (0,) * len(out) if isinstance(out, tuple) else 0
-    calls = []
-    for item in range(info.batch_size):
-        chosen = [v if d is None else v.select(d, item) for v, d in zip(args, in_dims, strict=True)]
-        calls.append(function.apply(*chosen))
-    if not isinstance(calls[0], tuple):
-        return torch.stack(calls), 0
-    return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-
-def _leading(value: Any, dim: int | None, size: int) -> Any:
-    if value is None:
-        return None
-    return value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)
+        return batched(Post, info, in_dims, args, num_data=5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,9 +358,12 @@ class FusedSite:
     def boundary(
         self, x: Tensor, f: Tensor, state: FusedState | SiteState, next_site: HyperConnection
     ) -> tuple[Tensor, Tensor, FusedState | SiteState]:
-        """``post`` of a site and ``pre`` of the next one."""
-        x = self.post(x, f, state)
-        return x, *self.pre(x, next_site, state.h_pre)
+        """``post`` of a site and ``pre`` of the next one, in one pass over the streams where they are fused."""
+        params = SiteParams.of(next_site)
+        if not isinstance(state, FusedState) or hasattr(params.phi, "placements") or _forward_mode():
+            x = self.post(x, f, state)
+            return x, *self.pre(x, next_site, state.h_pre)
+        return boundary(x, f, state, params, self.options, bool(self.convention.read_delay))
 
 
 def _forward_mode() -> bool:

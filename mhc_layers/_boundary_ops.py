@@ -1,0 +1,300 @@
+"""The boundary of two fused sites as one step: write of site l, projection and read of site l + 1, and the backward.
+
+Two operators and a Function, like those of :mod:`mhc_layers._torch_ops`. The gradient of the streams between the sites
+is formed once, and starts the backward of site l's write while it is on chip.
+
+Shape legend: ... tokens, n streams, C channels, K = nC, N = n(n + 2) coefficients; "next" is site l + 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mhc_layers._fused_state import FusedState, SiteParams
+from mhc_layers._operators import batched, register
+from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
+from mhc_layers.functional import without_autocast
+from mhc_layers.kernels.options import padded_rows, site_options
+from mhc_layers.kernels.table import leaf
+
+__all__ = ["boundary"]
+
+
+def boundary_forward(
+    x: Tensor,
+    f: Tensor,
+    coef: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    options: str,
+    delayed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``x_next (..., n, C)``, ``u_next (..., C)``, and the next site's ``coef``, ``proj (..., N)`` and ``rstd (...)``.
+
+    ``coef`` is site l's, the parameters are the next site's. ``delayed``: the next site reads with site l's h_pre.
+    """
+    x, f, coef, phi = x.contiguous(), f.contiguous(), coef.contiguous(), phi.contiguous()
+    with without_autocast(x.device.type):
+        u, k, lead = None, phi.shape[1], x.shape[:-2]
+        single_pass = leaf("boundary_read_forward", x, required=False) if delayed else None
+        write_and_project = leaf("boundary_forward", x, required=False)
+        if single_pass is not None:
+            x_next, u, slabs, squares = single_pass(x, f, coef, phi)
+        elif write_and_project is not None:
+            x_next, slabs, squares = write_and_project(x, f, coef, phi)
+        else:
+            x_next = leaf("write_forward", x)(x, f, coef)
+            slabs, squares = leaf("project", x)(x_next, phi)
+        alphas = (alpha_pre, alpha_post, alpha_res)
+        next_coef, proj, rstd = leaf("finish", x)(slabs, squares, alphas, bias, site_options(options), k, lead)
+        if u is None:
+            u = leaf("read_forward", x)(x_next, coef if delayed else next_coef)
+    return x_next, u, next_coef, proj, rstd
+
+
+def _fake_boundary_forward(
+    x: Tensor,
+    f: Tensor,
+    coef: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    options: str,
+    delayed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lead = x.shape[:-2]
+    rows = (*lead, phi.shape[0])
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((*lead, x.shape[-1])),
+        coef.new_empty(rows),
+        coef.new_empty(rows),
+        coef.new_empty(lead),
+    )
+
+
+def boundary_backward(
+    gx: Tensor | None,
+    gu: Tensor | None,
+    dcoef: Tensor | None,
+    g: Tensor | None,
+    x: Tensor,
+    f: Tensor,
+    coef: Tensor | None,
+    proj: Tensor,
+    bias: Tensor,
+    alpha_post: Tensor,
+    options: str,
+    x_next: Tensor,
+    next_proj: Tensor,
+    next_rstd: Tensor,
+    next_phi: Tensor,
+    next_bias: Tensor,
+    next_alpha_pre: Tensor,
+    next_alpha_post: Tensor,
+    next_alpha_res: Tensor,
+    next_options: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the streams between the sites, f, site l's coef, the next site's phi, and its dbias and dalpha.
+
+    ``g`` is that of the streams which the next site wrote, ``gx`` what reaches those between the sites from outside.
+    ``coef`` is site l's where the next site reads with its h_pre, else None.
+    """
+    x, n = x.contiguous(), x.shape[-2]
+    with without_autocast(x.device.type):
+        g = None if g is None else g.contiguous()
+        gu = None if gu is None else gu.contiguous()
+        dcoef = torch.zeros_like(next_proj) if dcoef is None else dcoef.contiguous()
+        dots = None if gu is None else leaf("read_backward", x)(gu, x_next)
+        mix, dz, partials = leaf("finish_backward", x)(
+            next_proj,
+            next_rstd,
+            dcoef,
+            dots if coef is None else None,
+            (next_alpha_pre, next_alpha_post, next_alpha_res),
+            next_bias,
+            site_options(next_options),
+            next_phi.shape[1],
+            x.dtype,
+            None if coef is None else coef[..., :n],
+        )
+        phi, before = next_phi.contiguous(), site_options(options)
+        chained = None
+        if gx is None and g is not None and gu is not None:
+            chained = leaf("streams_backward_chained", x, required=False)
+        if chained is not None:
+            dx, slabs, df, before_dcoef = chained(
+                x_next, g, gu, mix, dz, phi, x, f.contiguous(), proj, alpha_post, bias, before.post_multiplier
+            )
+        else:
+            dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x_next, g, gu, mix, dz, phi)
+            dx = dx if gx is None else dx + gx
+            df, before_dcoef = leaf("write_backward", x)(dx, x, f.contiguous(), proj, alpha_post, bias, before)
+        if coef is not None and dots is not None:
+            before_dcoef[..., :n] = dots.view(*before_dcoef.shape[:-1], n)
+        dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
+    return dx, df, before_dcoef, dphi, dparams
+
+
+def _fake_boundary_backward(
+    gx: Tensor | None,
+    gu: Tensor | None,
+    dcoef: Tensor | None,
+    g: Tensor | None,
+    x: Tensor,
+    f: Tensor,
+    coef: Tensor | None,
+    proj: Tensor,
+    bias: Tensor,
+    alpha_post: Tensor,
+    options: str,
+    x_next: Tensor,
+    next_proj: Tensor,
+    next_rstd: Tensor,
+    next_phi: Tensor,
+    next_bias: Tensor,
+    next_alpha_pre: Tensor,
+    next_alpha_post: Tensor,
+    next_alpha_res: Tensor,
+    next_options: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        f.new_empty(f.shape),
+        proj.new_empty(proj.shape),
+        proj.new_empty(next_phi.shape),
+        proj.new_empty((padded_rows(next_phi.shape[0]) + 4,)),
+    )
+
+
+BOUNDARY_FORWARD = register(boundary_forward, _fake_boundary_forward)
+BOUNDARY_BACKWARD = register(boundary_backward, _fake_boundary_backward)
+
+
+class Boundary(Function):
+    """``(x, link, f, coef, proj, parameters, options | the next site's) -> x_next, u, coef, link, proj, rstd``."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        link: Tensor,
+        f: Tensor,
+        coef: Tensor,
+        proj: Tensor,
+        phi: Tensor,
+        bias: Tensor,
+        alpha_pre: Tensor,
+        alpha_post: Tensor,
+        alpha_res: Tensor,
+        options: str,
+        next_phi: Tensor,
+        next_bias: Tensor,
+        next_alpha_pre: Tensor,
+        next_alpha_post: Tensor,
+        next_alpha_res: Tensor,
+        next_options: str,
+        delayed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        next_params = (next_phi, next_bias, next_alpha_pre, next_alpha_post, next_alpha_res)
+        x_next, u, next_coef, next_proj, rstd = BOUNDARY_FORWARD(x, f, coef, *next_params, next_options, delayed)
+        return x_next, u, next_coef, x.new_empty(()).expand(x.shape), next_proj, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, f, coef, proj, *params = inputs[:10]
+        ctx.options, *next_params, ctx.next_options, delayed = inputs[10:]
+        x_next, _, _, _, next_proj, rstd = output
+        ctx.mark_non_differentiable(next_proj, rstd)
+        ctx.set_materialize_grads(False)
+        kept = coef if delayed else None
+        ctx.save_for_backward(x, f, kept, proj, *params, x_next, next_proj, rstd, *next_params)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        gx, gu, dcoef, g, _, _ = gradients
+        if all(gradient is None for gradient in (gx, gu, dcoef, g)):
+            return (None,) * 18
+        x, f, coef, proj = ctx.saved_tensors[:4]
+        params = SiteParams(*ctx.saved_tensors[4:9])
+        x_next, next_proj, rstd = ctx.saved_tensors[9:12]
+        next_params = SiteParams(*ctx.saved_tensors[12:])
+        if torch.is_grad_enabled():
+            previous = None if coef is None else coef[..., : x.shape[-2]]
+            dx, *dnext, dprevious = pre_backward_composite(
+                gu, g, dcoef, x_next, next_params, previous, ctx.next_options
+            )
+            dx = dx if gx is None else gx if dx is None else dx + gx
+            df, before_dcoef = post_backward_composite(dx, x, f, params, ctx.options)
+            if dprevious is not None:
+                before_dcoef = torch.cat([dprevious, before_dcoef[..., x.shape[-2] :]], -1)
+        else:
+            dx, df, before_dcoef, dphi, dparams = BOUNDARY_BACKWARD(
+                gx,
+                gu,
+                dcoef,
+                g,
+                x,
+                f,
+                coef,
+                proj,
+                params.bias,
+                params.alpha_post,
+                ctx.options,
+                x_next,
+                next_proj,
+                rstd,
+                *next_params,
+                ctx.next_options,
+            )
+            padded = dparams.shape[0] - 4
+            dbias = dparams[: next_params.bias.shape[0]]
+            dnext = [dphi, dbias, dparams[padded], dparams[padded + 1], dparams[padded + 2]]
+        return None, dx, df, before_dcoef, *(None,) * 7, *dnext, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return batched(Boundary, info, in_dims, args, num_data=5)
+
+
+def boundary(
+    x: Tensor, f: Tensor, state: FusedState, params: SiteParams, options: str, delayed: bool
+) -> tuple[Tensor, Tensor, FusedState]:
+    """Write the streams of a site and read them for the next one.
+
+    Parameters
+    ----------
+    x : Tensor
+        Streams that entered the site, ``(..., n, C)``.
+    f : Tensor
+        Its sublayer's output ``(..., C)``.
+    state : FusedState
+        What its read returned.
+    params : SiteParams
+        Of the site that reads what is written here.
+    options : str
+        Its convention, from :func:`mhc_layers.kernels.options.options_key`.
+    delayed : bool
+        Whether it reads with the ``h_pre`` of ``state``.
+
+    Returns
+    -------
+    x_next : Tensor
+        ``(..., n, C)``.
+    u_next : Tensor
+        ``(..., C)``.
+    state_next : FusedState
+        For the next site's write, or its boundary.
+    """
+    x_next, u, coef, link, proj, rstd = Boundary.apply(
+        x, state.link, f.to(x.dtype), state.coef, state.proj, *state.params, state.options, *params, options, delayed
+    )
+    return x_next, u, FusedState(coef, link, proj, rstd, params, options)
