@@ -46,8 +46,9 @@ class MixtureOfExperts(nn.Module):
             token, slot = torch.where(chosen == index)
             result = expert(tokens[token]) * weights[token, slot].unsqueeze(-1).to(tokens.dtype)
             out = out.index_add(0, token, result.to(out.dtype))
-        share = torch.zeros_like(probabilities[0]).index_add(
-            0, chosen.flatten(), probabilities.new_ones(chosen.numel())
-        ) / max(chosen.numel(), 1)
-        balance = self.num_experts * (share * probabilities.mean(dim=0)).sum()
+        ones = probabilities.new_ones(chosen.numel())
+        assigned = probabilities.new_zeros(self.num_experts).index_add(0, chosen.flatten(), ones)
+        share = assigned / max(chosen.numel(), 1)
+        mean_probability = probabilities.sum(dim=0) / max(len(tokens), 1)
+        balance = self.num_experts * (share * mean_probability).sum()
         return out.view(u.shape), balance

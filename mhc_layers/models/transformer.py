@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from mhc_layers import functional
 from mhc_layers.config import TransformerConfig
 from mhc_layers.conventions import get_convention
+from mhc_layers.grouping import param_groups
 from mhc_layers.hyper_connection import HyperConnection
 from mhc_layers.models.attention import Attention, LayerCache
 from mhc_layers.models.mlp import SwiGLU
@@ -234,39 +235,5 @@ class Transformer(nn.Module):
         return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_layers)]
 
     def param_groups(self, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-        """Split the parameters for an optimizer.
-
-        Parameters
-        ----------
-        weight_decay : float
-            For the matrices of the body and for ``phi``.
-
-        Returns
-        -------
-        list of dict
-            Groups with ``name``, ``params`` and ``weight_decay``: "matrices" and "phi" are decayed, "embedding",
-            "vectors" (gains) and "connections" (biases and gates of the sites, and the readout) are not.
-
-        Notes
-        -----
-        Static logits must not decay: the pull toward 0 is a pull toward uniform mixing. DeepSeek-V4 decays ``phi``
-        and leaves biases and gates to an optimizer without decay.
-        """
-        groups: dict[str, list[nn.Parameter]] = {
-            name: [] for name in ("matrices", "phi", "embedding", "vectors", "connections")
-        }
-        for name, parameter in self.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            if isinstance(self.get_submodule(owner), HyperConnection):
-                groups["phi" if leaf == "phi" else "connections"].append(parameter)
-            elif owner == "readout_streams":
-                groups["connections"].append(parameter)
-            elif owner == "embedding":
-                groups["embedding"].append(parameter)
-            else:
-                groups["matrices" if parameter.dim() >= 2 else "vectors"].append(parameter)
-        return [
-            {"name": name, "params": params, "weight_decay": weight_decay if name in ("matrices", "phi") else 0.0}
-            for name, params in groups.items()
-            if params
-        ]
+        """Split the parameters for an optimizer, see :func:`mhc_layers.grouping.param_groups`."""
+        return param_groups(self, weight_decay)
