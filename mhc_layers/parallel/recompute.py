@@ -14,9 +14,17 @@ The minimum is taken over integers; rounding :math:`\sqrt{n L / (n + 2)}` misses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-__all__ = ["block_boundaries", "block_size", "recompute_elements"]
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from mhc_layers.hyper_connection import HyperConnection
+from mhc_layers.models.transformer import StepContext, Transformer, WalkState
+
+__all__ = ["RecomputedWalk", "apply_recompute", "block_boundaries", "block_size", "recompute_elements"]
 
 
 def recompute_elements(num_layers: int, block: int, *, num_streams: int, dim: int = 1) -> int:
@@ -25,7 +33,7 @@ def recompute_elements(num_layers: int, block: int, *, num_streams: int, dim: in
     Parameters
     ----------
     num_layers : int
-        Layers L that are cut into blocks.
+        Layers L (sites) that are cut into blocks.
     block : int
         Layers of a block.
     num_streams : int
@@ -107,3 +115,223 @@ def block_boundaries(stages: Sequence[int], *, num_streams: int, block: int | No
         boundaries.extend((first, min(first + size, start + layers)) for first in range(start, start + layers, size))
         start += layers
     return boundaries
+
+
+def apply_recompute(model: Transformer, *, stages: Sequence[int] | None = None, block: int | None = None) -> None:
+    """Make a model's forward pass recompute its connections in blocks of sites.
+
+    Parameters
+    ----------
+    model : Transformer
+        Changed in place: its ``walk`` becomes a :class:`RecomputedWalk`. Its own ``recompute_layers``, which runs the
+        sublayers again as well, must be off.
+    stages : sequence of int, optional
+        Sites of each pipeline stage; all in one by default.
+    block : int, optional
+        Sites of a block; the argmin of :func:`recompute_elements` by default.
+
+    Raises
+    ------
+    ValueError
+        If ``recompute_layers`` is on.
+    """
+    if model.config.recompute_layers:
+        raise ValueError(
+            f"model.recompute_layers is {model.config.recompute_layers} and parallel.recompute is on; set one to 0"
+        )
+    sizes = stages or [len(model.sites)]
+    boundaries = block_boundaries(sizes, num_streams=model.config.num_streams, block=block)
+    starts = {id(model.sites[first]) for first, _ in boundaries}
+    model.walk = RecomputedWalk(model.walk, starts)  # type: ignore[method-assign]
+
+
+class RecomputedWalk:
+    """Passes streams through sites in recompute blocks; stands in for :meth:`Transformer.walk`.
+
+    Parameters
+    ----------
+    walk : callable
+        The walk it replaces, used where no gradient is needed or keys and values are cached.
+    starts : set of int
+        ``id`` of every site that starts a block.
+    """
+
+    def __init__(self, walk: Callable[..., WalkState], starts: set[int]) -> None:
+        self._walk = walk
+        self._starts = starts
+
+    def __call__(
+        self, state: WalkState, context: StepContext, sites: Sequence[HyperConnection] | None = None
+    ) -> WalkState:
+        if not torch.is_grad_enabled() or context.caches is not None:
+            return self._walk(state, context, sites)
+        if sites is None:
+            sites = list(self._walk.__self__.sites)  # type: ignore[attr-defined]
+        first = 0
+        while first < len(sites):
+            last = first + 1
+            while last < len(sites) and id(sites[last]) not in self._starts:
+                last += 1
+            state = _Block(sites[first:last], state).run(context)
+            first = last
+        return state
+
+
+class _Block:
+    """One block of sites: runs forward keeping little, and rebuilds the rest when the backward pass asks.
+
+    Tensors that the connections save are replaced by their number in the order of saving. The first one that the
+    backward pass asks for triggers :meth:`_rebuild`, which runs the connections again (with the kept outputs in place
+    of the sublayers) and collects what they save, in the same order. Tensors that a sublayer saves are kept, except
+    its input and the norm of it, which are rebuilt from the block as well.
+    """
+
+    def __init__(self, sites: Sequence[HyperConnection], state: WalkState) -> None:
+        self.sites = sites
+        self.x, self.h_pre = state.x.detach(), None if state.h_pre is None else state.h_pre.detach()
+        self.x.requires_grad_(state.x.requires_grad)
+        if self.h_pre is not None and state.h_pre is not None:
+            self.h_pre.requires_grad_(state.h_pre.requires_grad)
+        self.state = state
+        self.outputs: list[Tensor] = []
+        self.num_saved = 0
+        self.waiting = 0
+        self.saved: dict[int, Tensor] = {}
+        self.inputs: list[Tensor] = []
+        device = state.x.device.type
+        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def run(self, context: StepContext) -> WalkState:
+        aux_loss = self.state.aux_loss
+
+        def sublayer(index: int, u: Tensor) -> Tensor:
+            nonlocal aux_loss
+            site = self.sites[index]
+            with _SublayerHooks(self, index, u, site.sublayer):
+                result = site.sublayer(u, context)  # type: ignore[misc]
+            if isinstance(result, tuple):
+                result, aux = result
+                aux_loss = aux if aux_loss is None else aux_loss + aux
+            self.outputs.append(result.detach().requires_grad_(result.requires_grad))
+            return result
+
+        with saved_tensors_hooks(self._pack, self._unpack):
+            x, h_pre = self._connect(self.state.x, self.state.h_pre, sublayer)
+        del self.state
+        return WalkState(x, h_pre, aux_loss)
+
+    def _connect(
+        self, x: Tensor, h_pre: Tensor | None, sublayer: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the connections of the block around ``sublayer(index, u)``."""
+        u, state = self.sites[0].pre(x, h_pre)
+        for index, site in enumerate(self.sites):
+            f = sublayer(index, u)
+            if index + 1 < len(self.sites):
+                x, u, state = site.boundary(x, f, state, self.sites[index + 1])
+            else:
+                x = site.post(x, f, state)
+        return x, state.h_pre
+
+    def _pack(self, tensor: Tensor) -> int:
+        self.num_saved += 1
+        self.waiting += 1
+        return self.num_saved - 1
+
+    def _unpack(self, number: int) -> Tensor:
+        if number not in self.saved:
+            self._rebuild()
+        tensor = self.saved.pop(number)
+        self._taken()
+        return tensor
+
+    def input(self, index: int) -> Tensor:
+        """Return the input of a site's sublayer, rebuilding the block if needed."""
+        if not self.inputs:
+            self._rebuild()
+        tensor = self.inputs[index]
+        self._taken()
+        return tensor
+
+    def _taken(self) -> None:
+        """Forget what was rebuilt once everything has been asked for."""
+        self.waiting -= 1
+        if self.waiting <= 0:
+            self.saved.clear()
+            self.inputs.clear()
+
+    def _rebuild(self) -> None:
+        saved: list[Tensor] = []
+        inputs: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> int:
+            saved.append(tensor.detach())
+            return len(saved) - 1
+
+        def sublayer(index: int, u: Tensor) -> Tensor:
+            inputs.append(u.detach())
+            return self.outputs[index]
+
+        device, dtype, enabled = self.autocast
+        with (
+            torch.enable_grad(),
+            torch.autocast(device, dtype=dtype, enabled=enabled),
+            saved_tensors_hooks(keep, saved.__getitem__),
+        ):
+            self._connect(self.x, self.h_pre, sublayer)
+        if len(saved) != self.num_saved:
+            raise RuntimeError(
+                f"rebuilding a recompute block saved {len(saved)} tensors, the forward pass {self.num_saved}; the "
+                "connections must do the same operations both times"
+            )
+        self.saved = dict(enumerate(saved))
+        self.inputs = inputs
+
+
+class _SublayerHooks:
+    """While a sublayer runs: keep what it saves, but not its input u or the norm of u."""
+
+    def __init__(self, block: _Block, index: int, u: Tensor, sublayer: Any) -> None:
+        self._block, self._index = block, index
+        self._u = _identity(u)
+        self._normed: tuple[Any, ...] | None = None
+        self._norm = getattr(sublayer, "norm", None) if isinstance(sublayer, nn.Module) else None
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        if self._norm is not None:
+            self._handle = self._norm.register_forward_hook(self._see_norm)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _see_norm(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if arguments and isinstance(arguments[0], Tensor) and _identity(arguments[0]) == self._u:
+            self._normed = _identity(output)
+
+    def _pack(self, tensor: Tensor) -> tuple[str, Any]:
+        key = _identity(tensor)
+        if key == self._u or key == self._normed:
+            self._block.waiting += 1
+            return ("u" if key == self._u else "norm"), None
+        return "kept", tensor
+
+    def _unpack(self, packed: tuple[str, Any]) -> Tensor:
+        kind, tensor = packed
+        if kind == "kept":
+            return tensor
+        u = self._block.input(self._index)
+        if kind == "u":
+            return u
+        device, dtype, enabled = self._block.autocast
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+            return self._norm(u)  # type: ignore[misc]
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What makes two tensors the same piece of memory seen the same way."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
