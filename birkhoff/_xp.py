@@ -37,6 +37,10 @@ _NAMESPACES: dict[type, Any] = {}  # array class -> namespace, filled by the fir
 def array_namespace(*arrays: Any) -> Any:
     """Return the array-API namespace that all ``arrays`` belong to, or raise :class:`ArrayTypeError`."""
     if len(arrays) == 1:
+        if type(arrays[0]).__module__.partition(".")[0] == "torch":
+            import array_api_compat.torch  # no memo: a tracer would guard on it, and trace again once it has grown
+
+            return array_api_compat.torch
         known = _NAMESPACES.get(type(arrays[0]))
         if known is None:
             known = _NAMESPACES[type(arrays[0])] = _ask_namespace(arrays)

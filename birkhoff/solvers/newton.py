@@ -184,12 +184,18 @@ class Newton:
         same, other = -_softplus(xp, -half), -_softplus(xp, half)
         closed = xp.stack([xp.stack([same, other]), xp.stack([other, same])])
         closed = closed if frame.batch == 2 else xp.permute_dims(closed, (2, 0, 1))
-        return xp.where(frame.per_matrix(half == half), closed, otherwise)
+        defined = xp.logical_and(frame.per_matrix(half == half), _all_numbers(otherwise, frame))
+        return xp.where(defined, closed, otherwise)
 
 
 def _softplus(xp: Any, values: Any) -> Any:
     """``log(1 + exp(x))`` without overflow."""
     return _math.lower_bound(xp, values, 0.0) + xp.log1p(xp.exp(-xp.abs(values)))
+
+
+def _all_numbers(stack: Any, frame: Frame) -> Any:
+    """False for a matrix with a NaN, which a NaN or +inf among its logits has become."""
+    return frame.xp.all(stack == stack, axis=(frame.i, frame.j), keepdims=True)
 
 
 def _peak(step: Any, frame: Frame) -> Any:

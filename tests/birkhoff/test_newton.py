@@ -76,6 +76,15 @@ def test_two_by_two_is_the_closed_form(rng: Any) -> None:
     assert (result.num_iters == 0).all()
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_two_by_two_does_not_hide_what_is_not_finite(bad: float) -> None:
+    values = np.zeros((4, 2, 2))
+    for entry, matrix in enumerate(values):
+        matrix.flat[entry] = bad
+    result = birkhoff.project(values, Newton())
+    assert np.isnan(result.matrix).all() and (result.status == birkhoff.Status.nonfinite_input).all()
+
+
 def test_a_constant_added_to_a_line_changes_nothing(rng: Any) -> None:
     values = rng.normal(size=(30, 4, 4)) * 3
     moved = values + rng.normal(size=(30, 4, 1)) * 200 + rng.normal(size=(30, 1, 4)) * 200
