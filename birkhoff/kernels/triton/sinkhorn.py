@@ -14,7 +14,7 @@ import triton.language as tl
 
 from birkhoff.kernels.triton import tile
 
-__all__ = ["MAX_SIZE", "sinkhorn_backward", "sinkhorn_forward"]
+__all__ = ["MAX_SIZE", "device_of", "load_matrices", "sinkhorn_backward", "sinkhorn_forward", "store_matrices"]
 
 #: Largest n of these kernels.
 MAX_SIZE = 32
@@ -29,7 +29,7 @@ _BACKWARD = {1: (128, 4, 10), 2: (128, 4, 10), 4: (64, 2, 10), 8: (4, 1, 10), 16
 
 
 @triton.jit
-def _load(
+def load_matrices(
     pointer, batch, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """This program's matrices in the form of tile.py, and the offsets and mask to store by."""
@@ -48,7 +48,9 @@ def _load(
 
 
 @triton.jit
-def _store(pointer, values, offsets, mask, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr):
+def store_matrices(
+    pointer, values, offsets, mask, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr
+):
     if LANE:
         values = tile.pack(values, BLOCK, N * N, n * n)
     tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask=mask)
@@ -61,9 +63,9 @@ def sinkhorn_forward_kernel(
     EPS_DEN: tl.constexpr, RANGE_CAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK matrices: load once, iterate in registers, store once."""
-    x, offsets, mask = _load(logits, batch, n, N, BLOCK, LANE, COMPUTE)
+    x, offsets, mask = load_matrices(logits, batch, n, N, BLOCK, LANE, COMPUTE)
     p = tile.sinkhorn(x, num_iters, n, METHOD, COLUMNS_FIRST, LANE, EPS_START, EPS_DEN, RANGE_CAP)
-    _store(matrix, p, offsets, mask, n, N, BLOCK, LANE)
+    store_matrices(matrix, p, offsets, mask, n, N, BLOCK, LANE)
 
 
 @triton.jit(do_not_specialize=["batch", "num_iters"])
@@ -73,10 +75,10 @@ def sinkhorn_backward_kernel(
     COLUMNS_FIRST: tl.constexpr, EPS_START: tl.constexpr, EPS_DEN: tl.constexpr, RANGE_CAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK matrices: the scalings are recomputed from the logits, LENGTH iterations at a time."""
-    x, offsets, mask = _load(logits, batch, n, N, BLOCK, LANE, COMPUTE)
-    g, _, _ = _load(grad_matrix, batch, n, N, BLOCK, LANE, COMPUTE)
+    x, offsets, mask = load_matrices(logits, batch, n, N, BLOCK, LANE, COMPUTE)
+    g, _, _ = load_matrices(grad_matrix, batch, n, N, BLOCK, LANE, COMPUTE)
     d = tile.sinkhorn_vjp(x, g, num_iters, n, METHOD, COLUMNS_FIRST, LANE, LENGTH, EPS_START, EPS_DEN, RANGE_CAP)
-    _store(grad_logits, d, offsets, mask, n, N, BLOCK, LANE)
+    store_matrices(grad_logits, d, offsets, mask, n, N, BLOCK, LANE)
 
 
 _METHODS = {"knopp": tile.KNOPP.value, "log": tile.KNOPP.value, "damped": tile.DAMPED.value}
@@ -136,7 +138,7 @@ def sinkhorn_forward(
     options = _options(logits, method, first, eps_start, eps_den, range_cap)
     block, warps = _FORWARD[options["N"]]
     batch = logits.shape[0]
-    with _device(logits):
+    with device_of(logits):
         sinkhorn_forward_kernel[(triton.cdiv(batch, block),)](
             logits,
             matrix,
@@ -179,7 +181,7 @@ def sinkhorn_backward(
     options = _options(logits, method, first, eps_start, eps_den, range_cap)
     block, warps, length = _BACKWARD[options["N"]]
     batch = logits.shape[0]
-    with _device(logits):
+    with device_of(logits):
         sinkhorn_backward_kernel[(triton.cdiv(batch, block),)](
             logits, grad_matrix, grad_logits, batch, num_iters, BLOCK=block, LENGTH=length,
             LANE=options["N"] <= _LANE_BACKWARD, num_warps=warps, **options
@@ -187,6 +189,6 @@ def sinkhorn_backward(
     return grad_logits
 
 
-def _device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """The tensor's device as the current one; nothing to do for the interpreter's CPU tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -30,7 +30,7 @@ import triton.language as tl
 from birkhoff.kernels.triton import lines
 from birkhoff.kernels.triton.lines import pack, unpack
 
-__all__ = ["DAMPED", "KNOPP", "pack", "sinkhorn", "sinkhorn_vjp", "unpack"]
+__all__ = ["DAMPED", "KNOPP", "exponents", "is_wide", "lowest", "pack", "sinkhorn", "sinkhorn_vjp", "start", "unpack"]
 
 KNOPP = tl.constexpr(0)  #: the undamped iteration, linear where safe and logarithmic elsewhere
 DAMPED = tl.constexpr(1)  #: DeepSeek's recurrence
@@ -42,7 +42,7 @@ _LOG = tl.constexpr(2)
 
 
 @triton.jit
-def _exponents(logits, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr, LANE: tl.constexpr):
+def exponents(logits, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr, LANE: tl.constexpr):
     """(X - max) log2(e) with the maximum over each first-normalised line, not below -cap; padding is -inf.
 
     The product and the subtraction are one fused operation, and the constant that is subtracted from a line cancels in
@@ -85,7 +85,7 @@ def _masked_logits(logits, n: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def _lowest(e, n: tl.constexpr, LANE: tl.constexpr):
+def lowest(e, n: tl.constexpr, LANE: tl.constexpr):
     """Each matrix's lowest exponent. Shape (BLOCK,), or (BLOCK, 1, 1)."""
     if LANE:
         low = e[0]
@@ -101,7 +101,7 @@ def _lowest(e, n: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def _is_wide(low):
+def is_wide(low):
     """Beyond linear arithmetic: a scaling, and the sum that it inverts, could leave the range of the dtype."""
     return low < (-900.0 if low.dtype == tl.float64 else -100.0)
 
@@ -149,7 +149,7 @@ def _half(
 
 
 @triton.jit
-def _start(m, n: tl.constexpr, FIRST: tl.constexpr, KIND: tl.constexpr, eps: tl.constexpr, LANE: tl.constexpr):
+def start(m, n: tl.constexpr, FIRST: tl.constexpr, KIND: tl.constexpr, eps: tl.constexpr, LANE: tl.constexpr):
     """Scalings (a, b) before the first full iteration; for the damped recurrence after its first last-side division."""
     if KIND == _LOG:
         a = lines.constant(m, 0.0, n, FIRST, LANE)
@@ -183,7 +183,7 @@ def _damped_start(e, n: tl.constexpr, FIRST: tl.constexpr, eps_start: tl.constex
 @triton.jit
 def _linear(m, num_iters, n: tl.constexpr, FIRST: tl.constexpr, LANE: tl.constexpr, PAIRED: tl.constexpr):
     """T iterations on scalings; the last half step divides the matrix itself, so that its sums are exact."""
-    a, b = _start(m, n, FIRST, KNOPP, 0.0, LANE)
+    a, b = start(m, n, FIRST, KNOPP, 0.0, LANE)
     for _ in range(num_iters - 1):
         a = _half(m, b, a, n, FIRST, KNOPP, 0.0, LANE, PAIRED)
         b = _half(m, a, b, n, 1 - FIRST, KNOPP, 0.0, LANE, PAIRED)
@@ -214,23 +214,23 @@ def sinkhorn(
 ):
     """The matrix after `num_iters` >= 1 iterations, in the form of the logits."""
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
-    e = _exponents(_masked_logits(logits, n, LANE), n, FIRST, range_cap, LANE)
+    e = exponents(_masked_logits(logits, n, LANE), n, FIRST, range_cap, LANE)
     if METHOD == DAMPED:
         _, m = _damped_start(e, n, FIRST, eps_start, LANE)
-        a, b = _start(m, n, FIRST, DAMPED, eps_den, LANE)
+        a, b = start(m, n, FIRST, DAMPED, eps_den, LANE)
         for _ in range(num_iters - 1):
             a = _half(m, b, a, n, FIRST, DAMPED, eps_den, LANE)
             b = _half(m, a, b, n, 1 - FIRST, DAMPED, eps_den, LANE)
         return lines.scale(lines.scale(m, a, n, FIRST, LANE), b, n, 1 - FIRST, LANE)
     else:
         m = lines.exponential(e, n, LANE)
-        low = _lowest(e, n, LANE)
+        low = lowest(e, n, LANE)
         out = _linear(m, num_iters, n, FIRST, LANE, LANE)
         if LANE:
             unpaired = _is_unpaired(low)
             if _any(unpaired, LANE):
                 out = lines.pick(unpaired, _linear(m, num_iters, n, FIRST, LANE, False), out, n * n, LANE)
-        wide = _is_wide(low)
+        wide = is_wide(low)
         if _any(wide, LANE):
             out = lines.pick(wide, _logarithmic(e, num_iters, n, FIRST, LANE), out, n * n, LANE)
         return out
@@ -275,7 +275,7 @@ def _pull_segment(
     dm,
     da,
     db,
-    start,
+    begin,
     is_last,
     n: tl.constexpr,
     FIRST: tl.constexpr,
@@ -284,9 +284,9 @@ def _pull_segment(
     LENGTH: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """Replay iterations 0..start, keep the scalings of the next LENGTH, and pull the gradients back through these."""
-    a, b = _start(m, n, FIRST, KIND, eps, LANE)
-    for _ in range(start):
+    """Replay iterations 0..begin, keep the scalings of the next LENGTH, and pull the gradients back through these."""
+    a, b = start(m, n, FIRST, KIND, eps, LANE)
+    for _ in range(begin):
         a = _half(m, b, a, n, FIRST, KIND, eps, LANE)
         b = _half(m, a, b, n, 1 - FIRST, KIND, eps, LANE)
     kept_a = (a,)
@@ -327,7 +327,7 @@ def _pull_iterations(
     full = num_iters
     if KIND == DAMPED:
         full = num_iters - 1
-    a, b = _start(m, n, FIRST, KIND, eps, LANE)
+    a, b = start(m, n, FIRST, KIND, eps, LANE)
     dm, da, db = _pull_result(m, grad, a, b, n, FIRST, KIND, LANE)
     segments = full // LENGTH
     for k in range(segments):
@@ -410,7 +410,7 @@ def sinkhorn_vjp(
     """
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
     masked = _masked_logits(logits, n, LANE)
-    e = _exponents(masked, n, FIRST, range_cap, LANE)
+    e = exponents(masked, n, FIRST, range_cap, LANE)
     if METHOD == DAMPED:
         soft, m = _damped_start(e, n, FIRST, eps_start, LANE)
         dm = _pull_iterations(m, grad, num_iters, n, FIRST, DAMPED, eps_den, LENGTH, LANE)
@@ -418,7 +418,7 @@ def sinkhorn_vjp(
     else:
         m = lines.exponential(e, n, LANE)
         out = lines.times(m, _pull_iterations(m, grad, num_iters, n, FIRST, KNOPP, 0.0, LENGTH, LANE), n, LANE)
-        wide = _is_wide(_lowest(e, n, LANE))
+        wide = is_wide(lowest(e, n, LANE))
         if _any(wide, LANE):
             slow = _pull_iterations(e, grad, num_iters, n, FIRST, _LOG, 0.0, 1, LANE)
             out = lines.pick(wide, slow, out, n * n, LANE)
