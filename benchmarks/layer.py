@@ -25,6 +25,7 @@ from benchmarks.layer_peers import PEERS, Parameters, Peer
 from benchmarks.layer_report import markdown, plot
 from mhc_layers import PAPER, HyperConnection
 from mhc_layers import reference as oracle
+from mhc_layers.kernels.table import explain, restricted_to
 
 __all__ = ["floors", "main"]
 
@@ -69,16 +70,24 @@ class OurSite:
         return Parameters(phi, torch.stack([pre, post, res]), bias)
 
 
-def _ours(name: str, implementation: str, note: str, *, compiled: bool = False, strict: bool = True) -> Peer:
+def _ours(
+    name: str,
+    implementation: str,
+    note: str,
+    *,
+    compiled: bool = False,
+    strict: bool = True,
+    rows: tuple[str, ...] = (),
+) -> Peer:
     def make(parameters: Parameters, num_streams: int) -> OurSite:
         return OurSite(parameters, num_streams, implementation, compiled)
 
-    return Peer(name, make, PAPER, note, (), _STRICT if strict else Peer.gate)
+    return Peer(name, make, PAPER, note, (), _STRICT if strict else Peer.gate, rows)
 
 
 OURS: tuple[Peer, ...] = (
     _ours("ours, fused", "fused", "CUDA C++ where it applies, Triton elsewhere; boundaries fused in a chain"),
-    _ours("ours, fused, all Triton", "fused_triton", "no CUDA C++"),
+    _ours("ours, fused, all Triton", "fused", "no CUDA C++", rows=("triton", "plain")),
     _ours("ours, plain torch", "functional", "mhc_layers.functional", strict=False),
     _ours("ours, plain torch, compiled", "functional", "the same under torch.compile", compiled=True, strict=False),
 )
@@ -198,6 +207,10 @@ def measure(peer: Peer, n: int, c: int, inputs: list[Inputs], chain: int) -> dic
     parameters = random_parameters(n, c)
     runner = peer.make(parameters, n)
     small = Inputs.random(min(m, 1024), n, c, seed=77)
+    if hasattr(runner, "site") and peer.gate == _STRICT:
+        row["leaves"] = {
+            name: getattr(getattr(found, "row", None), "name", None) for name, found in explain(inputs[0].x).items()
+        }
     row["errors"] = errors(runner, peer, parameters, small)
     del small
     free()
@@ -281,7 +294,7 @@ def run(shapes: list[tuple[int, int]], n: int, names: list[str] | None, chain: i
             if names and peer.name not in names:
                 continue
             row: dict[str, Any] = {"name": peer.name, "note": peer.note}
-            with _survives(row):
+            with _survives(row), restricted_to(*peer.rows) if peer.rows else contextlib.nullcontext():
                 row = measure(peer, n, c, inputs, chain)
             shape["rows"].append(row)
             print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)

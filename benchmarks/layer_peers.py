@@ -62,6 +62,8 @@ class Peer:
     modules: tuple[str, ...] = ()
     #: relative Frobenius errors it must meet before it is timed: outputs, stream gradients, gradient of phi
     gate: tuple[float, float, float] = (5e-3, 1.5e-2, 2e-2)
+    #: rows of the table of leaves that it may use; all if empty
+    rows: tuple[str, ...] = ()
 
     def refuse(self) -> str | None:
         """Name the missing package, or return None."""

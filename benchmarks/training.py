@@ -24,6 +24,7 @@ from benchmarks.device import copy_rate, free, machine, time_calls
 from benchmarks.layer import PACKAGES, floors
 from mhc_layers import Transformer, TransformerConfig
 from mhc_layers._sites import FUNCTIONAL
+from mhc_layers.parallel.recompute import apply_recompute, block_size
 
 __all__ = ["main", "markdown"]
 
@@ -70,15 +71,6 @@ class SeparateSteps:
         return x, *self.pre(x, next_site, state.h_pre)
 
 
-def recompute_layers(num_streams: int, num_layers: int) -> int:
-    """Blocks of the mHC paper's rule (Eq. 20) in layers of two sites: the integer that keeps the fewest numbers.
-
-    A block of L_r layers keeps its first streams, ``n C ceil(L / L_r)``, and one block lives, ``(n + 2) C L_r``.
-    """
-    n, depth = num_streams, num_layers
-    return min(range(1, depth + 1), key=lambda size: (n * -(-depth // size) + (n + 2) * size, size))
-
-
 def build(variant: Variant, dim: int, num_layers: int, sequence: int) -> Transformer:
     """Make the model on the GPU: weights and streams bfloat16, parameters of the sites float32, sublayers compiled."""
     torch.manual_seed(0)
@@ -89,7 +81,6 @@ def build(variant: Variant, dim: int, num_layers: int, sequence: int) -> Transfo
         num_heads=dim // 128,
         max_seq_len=sequence,
         connection=variant.connection,
-        recompute_layers=recompute_layers(4, num_layers) if variant.recompute else 0,
     )
     with torch.device("cuda"):
         model = Transformer(config).bfloat16()
@@ -106,6 +97,8 @@ def build(variant: Variant, dim: int, num_layers: int, sequence: int) -> Transfo
                 for gate in (site.alpha_pre, site.alpha_post, site.alpha_res):
                     gate.fill_(0.1)
         site.sublayer = torch.compile(site.sublayer, dynamic=False)
+    if variant.recompute:
+        apply_recompute(model)
     return model
 
 
@@ -141,7 +134,7 @@ def measure(variant: Variant, dim: int, num_layers: int, batch: int, sequence: i
     row: dict[str, Any] = {"name": variant.name}
     model = build(variant, dim, num_layers, sequence)
     row["implementation"] = type(model.sites[0].implementation).__name__
-    row["recompute_layers"] = model.config.recompute_layers
+    row["recompute_block"] = block_size(len(model.sites), num_streams=4) if variant.recompute else None
     generator = torch.Generator(device="cuda").manual_seed(2)
     tokens, targets = (torch.randint(256, (batch, sequence), device="cuda", generator=generator) for _ in range(2))
     found = _probe(model, tokens, targets)

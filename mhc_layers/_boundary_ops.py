@@ -223,10 +223,8 @@ class Boundary(Function):
         gx, gu, dcoef, g, _, _ = gradients
         if all(gradient is None for gradient in (gx, gu, dcoef, g)):
             return (None,) * 18
-        x, f, coef, proj = ctx.saved_tensors[:4]
-        params = SiteParams(*ctx.saved_tensors[4:9])
-        x_next, next_proj, rstd = ctx.saved_tensors[9:12]
-        next_params = SiteParams(*ctx.saved_tensors[12:])
+        x, f, coef, proj, *saved = ctx.saved_tensors  # asked for once: recomputation hooks hand each out once
+        params, (x_next, next_proj, rstd), next_params = SiteParams(*saved[:5]), saved[5:8], SiteParams(*saved[8:])
         if torch.is_grad_enabled():
             previous = None if coef is None else coef[..., : x.shape[-2]]
             dx, *dnext, dprevious = pre_backward_composite(
