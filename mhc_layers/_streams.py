@@ -136,7 +136,7 @@ class Read(Function):
             return dx, None
         with without_autocast(x.device.type):
             du = du.to(h.dtype)
-            dh = torch.matmul(x.to(h.dtype), du.unsqueeze(-1)).squeeze(-1) if ctx.needs_input_grad[1] else None
+            dh = torch.matmul(du.unsqueeze(-2), x.to(h.dtype).mT).squeeze(-2) if ctx.needs_input_grad[1] else None
             if not ctx.needs_input_grad[0]:
                 return None, dh
             if adds_in_place(dx, h.dtype):
@@ -170,7 +170,7 @@ class Write(Function):
         with without_autocast(f.device.type):
             wide = g.to(h_post.dtype)
             df = torch.matmul(h_post.unsqueeze(-2), wide).squeeze(-2).to(f.dtype)
-            dh_post = torch.matmul(wide, f.to(h_post.dtype).unsqueeze(-1)).squeeze(-1)
+            dh_post = torch.matmul(f.to(h_post.dtype).unsqueeze(-2), wide.mT).squeeze(-2)
             if ctx.identity:  # a copy, since the passes before may add to it in place
                 return g.clone(), df, None, dh_post
             x, h_res = rest

@@ -69,8 +69,8 @@ class Attention(nn.Module):
         """Attend ``u (B, T, C)`` to itself and to what ``cache`` holds; returns ``(B, T, C)``."""
         batch, num_new, _ = u.shape
         heads = self.qkv(u).view(batch, num_new, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = rotate(turned, *rotary).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             k, v = cache.extend(k, v)
         repeats = self.num_heads // self.num_kv_heads
