@@ -7,8 +7,11 @@ long contiguous lines instead of over n = 4 numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from birkhoff import _math, _xp
@@ -86,16 +89,40 @@ def map_pieces(
         return function(frame_for(xp, accumulate, branch=branch), *stacks)
     frame = Frame(xp, 0, 1, accumulate, branch)
     length = max(_SMALL_BATCH, (_PIECE_BYTES >> keeps_tape) // (n * n * 4))
+
+    def run(start: int) -> tuple[Any, ...]:
+        with _xp.quiet(stacks[0]):  # a thread starts with NumPy's own error state
+            return function(frame, *(_batch_last(xp, stack[start : start + length, ...]) for stack in stacks))
+
     results: list[Any] = []
-    for start in range(0, batch, length):
-        stop = min(start + length, batch)
-        pieces = function(frame, *(_batch_last(xp, stack[start:stop, ...]) for stack in stacks))
+    starts = range(0, batch, length)
+    for start, pieces in zip(starts, _in_threads(run, starts, xp), strict=True):
         if not results:
             where = _xp.device(stacks[0])
             results = [xp.empty((batch, *piece.shape[:2]), dtype=piece.dtype, device=where) for piece in pieces]
         for result, piece in zip(results, pieces, strict=True):
-            result[start:stop, ...] = xp.permute_dims(piece, (2, 0, 1))
+            result[start : start + length, ...] = xp.permute_dims(piece, (2, 0, 1))
     return tuple(results)
+
+
+def _in_threads(run: Callable[[int], Any], starts: range, xp: Any) -> Iterator[Any]:
+    """``map(run, starts)``; NumPy, which has no threads of its own, is given as many as BLAS would take."""
+    workers = min(_num_threads(), len(starts)) if _xp.library_name(xp) == "numpy" else 1
+    if workers == 1:
+        yield from map(run, starts)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(run, starts)
+
+
+@cache
+def _num_threads() -> int:
+    """``OMP_NUM_THREADS`` where it is a number, else the processors that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _batch_last(xp: Any, stack: Any) -> Any:
