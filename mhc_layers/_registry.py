@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from birkhoff._registry import Resolution, Row, Table, installed
-from mhc_layers._sites import SiteImplementation
+from mhc_layers._sites import RefusedSite, SiteImplementation
 from mhc_layers.conventions import Convention
 from mhc_layers.kernels.options import refuse_convention
 
@@ -105,10 +105,13 @@ def explain(site: HyperConnection) -> Resolution[SiteFacts]:
 def resolve(site: HyperConnection, requested: str | SiteImplementation) -> SiteImplementation:
     """Return the implementation of a site: the table's choice, a named row, or the object itself.
 
+    A named row that refuses the site as it is now gives an object that says so when it is used, since the site may be
+    on its way to another device.
+
     Raises
     ------
     ValueError
-        If the named row does not exist, or refuses this site.
+        If the named row does not exist.
     """
     if not isinstance(requested, str):
         return requested
@@ -119,7 +122,7 @@ def resolve(site: HyperConnection, requested: str | SiteImplementation) -> SiteI
         raise ValueError(f"Unknown implementation {requested!r}; accepted: 'auto', {', '.join(map(repr, rows))}.")
     reason = rows[requested].refuse(facts_of(site))
     if reason is not None:
-        raise ValueError(f"The implementation {requested!r} refuses this site: {reason}. Use implementation='auto'.")
+        return RefusedSite(f"The implementation {requested!r} refuses this site: {reason}. Use implementation='auto'.")
     return _load(rows[requested], site)
 
 

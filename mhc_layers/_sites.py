@@ -16,7 +16,7 @@ from mhc_layers import _streams, functional
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
 
-__all__ = ["FUNCTIONAL", "RESIDUAL", "FunctionalSite", "ResidualSite", "SiteImplementation", "SiteState"]
+__all__ = ["FUNCTIONAL", "RESIDUAL", "FunctionalSite", "RefusedSite", "ResidualSite", "SiteImplementation", "SiteState"]
 
 
 class SiteState(NamedTuple):
@@ -97,6 +97,24 @@ class ResidualSite:
     ) -> tuple[Tensor, Tensor, SiteState]:
         x = self.post(x, f, state)
         return x, *self.pre(x, next_site)
+
+
+class RefusedSite:
+    """Stands for an implementation that was asked for by name and cannot run this site; raises when it is used."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
+        raise ValueError(self.message)
+
+    def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
+        raise ValueError(self.message)
+
+    def boundary(
+        self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
+    ) -> tuple[Tensor, Tensor, SiteState]:
+        raise ValueError(self.message)
 
 
 FUNCTIONAL = FunctionalSite()

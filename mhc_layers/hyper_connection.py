@@ -50,7 +50,8 @@ class HyperConnection(KeepsFloat32):
     disable : bool
         A plain residual at the same call site: reads stream 0, adds the output to every stream, owns no parameters.
     implementation : str or SiteImplementation
-        "auto" takes the first row of the table that accepts this site; the name of a row insists on it.
+        "auto" takes the first row of the table that accepts this site; the name of a row insists on it, and using the
+        site where that row cannot run raises the reason. The choice is made anew when the site moves to a device.
     device, dtype
         Of the parameters; dtype float32 or float64. A later ``.bfloat16()`` leaves them as they are.
 
@@ -62,7 +63,7 @@ class HyperConnection(KeepsFloat32):
     Raises
     ------
     ValueError
-        For sizes below 1, an unknown kind, convention, init or row, or a row that refuses this site.
+        For sizes below 1, or an unknown kind, convention, init or row.
 
     Examples
     --------

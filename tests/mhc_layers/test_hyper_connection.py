@@ -114,7 +114,6 @@ def test_streams_persist_between_sites():
         ({"res_map": "Permutations", "connection": "hc"}, "replaces the projection"),
         ({"res_map": "Sphere"}, "Unknown residual map"),
         ({"implementation": "fast"}, "'functional'"),
-        ({"implementation": "residual"}, "refuses this site"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -354,6 +353,9 @@ def test_choice_of_implementation_is_explained():
     assert HyperConnection(8).implementation is FUNCTIONAL
     assert HyperConnection(8, disable=True).implementation is RESIDUAL
     assert HyperConnection(8, implementation=FUNCTIONAL).implementation is FUNCTIONAL
+    insisting = HyperConnection(8, sublayer=nn.Identity(), implementation="fused")  # may still move to a GPU
+    with pytest.raises(ValueError, match="'fused' refuses this site: needs a CUDA or ROCm device, got cpu"):
+        insisting(streams(2))
     resolution = HyperConnection(8).explain()
     assert resolution.row.name == "functional"
     assert "serves the connection 'residual', got 'mhc'" in str(resolution)
