@@ -12,32 +12,19 @@ Kernels are declared ``extern "C" __global__`` and specialised by ``-D`` options
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from birkhoff.kernels.cuda.launcher import DriverKernel
 
 __all__ = ["Kernel", "Module", "available", "load"]
-
-#: Dynamic shared memory that a kernel may ask for without opting in.
-_DEFAULT_SHARED_BYTES = 48 * 1024
-
-_CTYPES: dict[str, Any] = {
-    "int32": ctypes.c_int32,
-    "uint32": ctypes.c_uint32,
-    "int64": ctypes.c_int64,
-    "uint64": ctypes.c_uint64,
-    "float32": ctypes.c_float,
-    "float64": ctypes.c_double,
-}
 
 
 class Kernel(Protocol):
@@ -127,74 +114,19 @@ def _include_options() -> tuple[str, ...]:
     return tuple(f"-I{path}" for path in candidates if (path / "cuda_bf16.h").is_file())[:1]
 
 
-def _memory(argument: Any) -> int | None:
-    """Return the device address of an array argument, None for a scalar."""
-    if hasattr(argument, "data_ptr"):
-        return int(argument.data_ptr())
-    if hasattr(argument, "__cuda_array_interface__"):
-        return int(argument.data.ptr) if hasattr(argument.data, "ptr") else _interface_address(argument)
-    if isinstance(argument, np.generic) and argument.dtype.name in _CTYPES:
-        return None
-    raise TypeError(
-        f"a kernel argument is {type(argument).__name__}; accepted: torch tensors, CuPy arrays and NumPy scalars of "
-        f"{', '.join(_CTYPES)} (write numpy.int32(3), not 3)"
-    )
-
-
-def _interface_address(argument: Any) -> int:
-    return int(argument.__cuda_array_interface__["data"][0])
-
-
-def _torch_device(arguments: Sequence[Any]) -> Any:
-    """Return the device of the first torch tensor among the arguments, else None."""
-    return next((a.device for a in arguments if hasattr(a, "data_ptr")), None)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # CuPy
 
 
-class _CupyKernel:
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._shared_bytes = _DEFAULT_SHARED_BYTES
-
-    def __call__(
-        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
-    ) -> None:
-        if shared_bytes > self._shared_bytes:
-            self._kernel.max_dynamic_shared_size_bytes = shared_bytes
-            self._shared_bytes = shared_bytes
-        addresses = [_memory(a) for a in arguments]
-        values = tuple(a if p is None else np.uint64(p) for a, p in zip(arguments, addresses, strict=True))
-        device = _torch_device(arguments)
-        with _cupy_stream(device) if device is not None else contextlib.nullcontext():
-            self._kernel(tuple(grid), tuple(block), values, shared_mem=shared_bytes)
-
-
-@contextlib.contextmanager
-def _cupy_stream(device: Any) -> Iterator[None]:
-    """Make torch's current stream on `device` CuPy's current stream."""
-    import cupy
-    import torch
-
-    pointer = torch.cuda.current_stream(device).cuda_stream
-    if device.index in (None, torch.cuda.current_device()):
-        with cupy.cuda.ExternalStream(pointer):
-            yield
-    else:
-        with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(pointer, device.index):
-            yield
-
-
 class _CupyModule:
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, cooperative: bool) -> None:
         self._module = module
-        self._kernels: dict[str, _CupyKernel] = {}
+        self._cooperative = cooperative
+        self._kernels: dict[str, DriverKernel] = {}
 
     def function(self, name: str) -> Kernel:
         if name not in self._kernels:
-            self._kernels[name] = _CupyKernel(self._module.get_function(name))
+            self._kernels[name] = DriverKernel(self._module.get_function(name).kernel.ptr, self._cooperative)
         return self._kernels[name]
 
 
@@ -209,7 +141,7 @@ def _load_cupy(source: str, options: tuple[str, ...], cooperative: bool, device:
         module.compile()
     except cupy.cuda.compiler.CompileException as error:
         raise RuntimeError(f"CUDA C++ does not compile with options {options}:\n{error}") from error
-    return _CupyModule(module)
+    return _CupyModule(module, cooperative)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -224,50 +156,18 @@ def _check(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-class _BindingsKernel:
-    def __init__(self, function: Any, cooperative: bool) -> None:
-        self._function = function
-        self._cooperative = cooperative
-        self._shared_bytes = _DEFAULT_SHARED_BYTES
-
-    def __call__(
-        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
-    ) -> None:
-        import torch
-        from cuda.bindings import driver
-
-        if shared_bytes > self._shared_bytes:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
-            self._shared_bytes = shared_bytes
-        addresses = [_memory(a) for a in arguments]
-        values = tuple(a.item() if p is None else p for a, p in zip(arguments, addresses, strict=True))
-        types = tuple(
-            _CTYPES[a.dtype.name] if p is None else ctypes.c_void_p for a, p in zip(arguments, addresses, strict=True)
-        )
-        device = _torch_device(arguments)
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            blocks, threads = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
-            start = (self._function, *blocks, *threads, shared_bytes, stream)
-            if self._cooperative:
-                _check(driver.cuLaunchCooperativeKernel(*start, (values, types)))
-            else:
-                _check(driver.cuLaunchKernel(*start, (values, types), 0))
-
-
 class _BindingsModule:
     def __init__(self, module: Any, cooperative: bool) -> None:
         self._module = module
         self._cooperative = cooperative
-        self._kernels: dict[str, _BindingsKernel] = {}
+        self._kernels: dict[str, DriverKernel] = {}
 
     def function(self, name: str) -> Kernel:
         if name not in self._kernels:
             from cuda.bindings import driver
 
             function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
-            self._kernels[name] = _BindingsKernel(function, self._cooperative)
+            self._kernels[name] = DriverKernel(int(function), self._cooperative)
         return self._kernels[name]
 
 

@@ -1,0 +1,136 @@
+"""Launch a compiled CUDA kernel through the driver, with little work on the host.
+
+Both ways of compiling (:mod:`birkhoff.kernels.cuda.compiler`) end in a driver handle; the launch is one call of
+``cuLaunchKernel`` with the arguments packed here, a few microseconds, where the libraries' own launchers take tens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["DriverKernel", "pack"]
+
+#: Dynamic shared memory that a kernel may ask for without opting in.
+_DEFAULT_SHARED_BYTES = 48 * 1024
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+_SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _word(argument: Any) -> int:
+    """The eight bytes of one argument as an integer: an address, or a scalar's bits in the low bytes."""
+    try:
+        address: int = argument.data_ptr()
+        return address
+    except AttributeError:
+        pass
+    if isinstance(argument, _SCALARS):
+        return int.from_bytes(argument.tobytes(), "little")
+    if hasattr(argument, "__cuda_array_interface__"):
+        return int(argument.__cuda_array_interface__["data"][0])
+    raise TypeError(
+        f"a kernel argument is {type(argument).__name__}; accepted: torch tensors, CuPy arrays and NumPy scalars of "
+        f"{', '.join(kind.__name__ for kind in _SCALARS)} (write numpy.int32(3), not 3)"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _arrays(count: int) -> tuple[Any, Any, range]:
+    return ctypes.c_uint64 * count, ctypes.c_void_p * count, range(0, 8 * count, 8)
+
+
+def pack(arguments: Sequence[Any]) -> tuple[ctypes.Array[ctypes.c_uint64], ctypes.Array[ctypes.c_void_p]]:
+    """Pack kernel arguments: one eight-byte word each, and the addresses of the words.
+
+    Parameters
+    ----------
+    arguments : sequence
+        torch tensors and CuPy arrays, passed as pointers, and NumPy scalars.
+
+    Returns
+    -------
+    words, addresses : ctypes arrays
+        The words must outlive the launch.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    word_array, address_array, offsets = _arrays(len(arguments))
+    words = word_array(*map(_word, arguments))
+    base = ctypes.addressof(words)
+    return words, address_array(*[base + offset for offset in offsets])
+
+
+def _three(sizes: Sequence[int]) -> list[ctypes.c_uint]:
+    return [ctypes.c_uint(size) for size in (*sizes, 1, 1)[:3]]
+
+
+class DriverKernel:
+    """A kernel by its driver handle.
+
+    Parameters
+    ----------
+    handle : int
+        ``CUfunction``.
+    cooperative : bool
+        Launch with ``cuLaunchCooperativeKernel``: all blocks are resident together.
+    """
+
+    def __init__(self, handle: int, cooperative: bool = False) -> None:
+        self._handle = ctypes.c_void_p(handle)
+        self._cooperative = cooperative
+        self._shared_bytes = _DEFAULT_SHARED_BYTES
+
+    def __call__(
+        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
+    ) -> None:
+        """Launch on the current stream of the library that owns the arrays; returns at once."""
+        device = next((argument.device for argument in arguments if hasattr(argument, "data_ptr")), None)
+        if device is None:
+            import cupy
+
+            self._launch(grid, block, arguments, shared_bytes, cupy.cuda.get_current_stream().ptr)
+            return
+        import torch
+
+        stream = torch.cuda.current_stream(device).cuda_stream
+        elsewhere = device.index is not None and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            self._launch(grid, block, arguments, shared_bytes, stream)
+
+    def _launch(
+        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], shared_bytes: int, stream: int
+    ) -> None:
+        words, addresses = pack(arguments)
+        driver = _driver()
+        if shared_bytes > self._shared_bytes:
+            self._check(driver.cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+            self._shared_bytes = shared_bytes
+        start = (self._handle, *_three(grid), *_three(block), ctypes.c_uint(shared_bytes), ctypes.c_void_p(stream))
+        if self._cooperative:
+            self._check(driver.cuLaunchCooperativeKernel(*start, addresses))
+        else:
+            self._check(driver.cuLaunchKernel(*start, addresses, None))
+        del words  # the driver has copied the arguments
+
+    def _check(self, code: int) -> None:
+        if code == 0:
+            return
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        hint = "; no CUDA context is current in this thread" if code == _INVALID_CONTEXT else ""
+        raise RuntimeError(f"CUDA launch failed with {code}: {(text.value or b'').decode()}{hint}")
