@@ -5,7 +5,7 @@ separate gradients of the streams. Here the streams are threaded through: projec
 that in the backward pass each adds its term to the gradient that arrives, in place, and only the streams themselves
 are kept. :mod:`mhc_layers.reference` has the equations in one line each; the gradients are derived in
 ``docs/derivations/layer_backward``. Under ``torch.compile`` the plain steps are traced, since the compiler fuses and
-recomputes by itself.
+recomputes by itself, and so they are in forward mode.
 
 Shape legend: N tokens (any leading axes), n streams, C channels, K = n C, M rows of phi.
 """
@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 __all__ = ["normed_projection", "read", "without_autocast", "write"]
 
@@ -27,6 +27,11 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def traces_plainly() -> bool:
+    """Whether to leave the derivatives to torch: the compiler fuses by itself, and forward mode has no rule here."""
+    return torch.compiler.is_compiling() or forward_ad._current_level >= 0
 
 
 def adds_in_place(grad: Tensor | None, dtype: torch.dtype) -> TypeGuard[Tensor]:
@@ -180,7 +185,7 @@ class Write(Function):
 
 def normed_projection(x: Tensor, phi: Tensor, eps: float, inside: bool) -> tuple[Tensor, Tensor]:
     """Return ``z (..., M)`` and the streams to use from here on."""
-    if torch.compiler.is_compiling():
+    if traces_plainly():
         with without_autocast(x.device.type):
             return project(x.flatten(-2).to(phi.dtype), phi, eps, inside)[0], x
     z, _, _, x = NormedProjection.apply(x, phi, eps, inside)
@@ -189,13 +194,13 @@ def normed_projection(x: Tensor, phi: Tensor, eps: float, inside: bool) -> tuple
 
 def read(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``u (..., C)`` and the streams to use from here on."""
-    if torch.compiler.is_compiling():
+    if traces_plainly():
         return weighted_sum(x, h), x
     return Read.apply(x, h)
 
 
 def write(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor) -> Tensor:
     """Return the next streams ``(..., n, C)``."""
-    if torch.compiler.is_compiling():
+    if traces_plainly():
         return mix_and_add(x, f, h_res, h_post)
     return Write.apply(x, f, h_res, h_post)

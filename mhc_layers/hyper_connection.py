@@ -175,6 +175,12 @@ class HyperConnection(KeepsFloat32):
         self._implementation = resolve(self, self.requested_implementation)  # the device may have changed
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After a copy or an unpickling: choose the implementation again, so that sites go on sharing one object."""
+        super().__setstate__(state)
+        self._capture = None
+        self._implementation = resolve(self, self.requested_implementation)
+
     @property
     def implementation(self) -> SiteImplementation:
         """The object that runs this site, chosen once from the table."""

@@ -78,6 +78,8 @@ def test_gradcheck_of_the_whole_layer(convention):
     assert torch.autograd.gradcheck(run, inputs)
     if convention is not DEEPSEEK_V4:
         assert torch.autograd.gradgradcheck(run, inputs)
+    if convention is PAPER:
+        assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, check_backward_ad=False)
 
 
 @pytest.mark.parametrize("connection", ["identity", "hc", "hc_static", "mhc_static"])

@@ -314,6 +314,7 @@ def test_meta_device_and_deepcopy():
     assert torch.equal(site.bias, fresh.bias)
     twin = copy.deepcopy(fresh)
     assert torch.equal(twin(streams(2)), fresh(streams(2)))
+    assert twin.implementation is fresh.implementation  # so that boundaries of a copied model still fuse
 
 
 def test_state_dict_round_trip():
