@@ -91,8 +91,9 @@ def map_pieces(
     length = max(_SMALL_BATCH, (_PIECE_BYTES >> keeps_tape) // (n * n * 4))
 
     def run(start: int) -> tuple[Any, ...]:
+        stop = min(start + length, batch)
         with _xp.quiet(stacks[0]):  # a thread starts with NumPy's own error state
-            return function(frame, *(_batch_last(xp, stack[start : start + length, ...]) for stack in stacks))
+            return function(frame, *(_batch_last(xp, stack[start:stop, ...]) for stack in stacks))
 
     results: list[Any] = []
     starts = range(0, batch, length)
@@ -101,7 +102,7 @@ def map_pieces(
             where = _xp.device(stacks[0])
             results = [xp.empty((batch, *piece.shape[:2]), dtype=piece.dtype, device=where) for piece in pieces]
         for result, piece in zip(results, pieces, strict=True):
-            result[start : start + length, ...] = xp.permute_dims(piece, (2, 0, 1))
+            result[start : min(start + length, batch), ...] = xp.permute_dims(piece, (2, 0, 1))
     return tuple(results)
 
 
