@@ -1,9 +1,9 @@
 """Rounding to the Birkhoff polytope: the closed-form last step that makes marginals right for every input.
 
 The two functions are the first two steps, and all three steps, of Algorithm 2 of Altschuler, Weed and Rigollet (2017).
-Two changes matter in floating point only: a divisor above one is enlarged by four units of roundoff, so that no sum
-exceeds one, and the rank-one correction is divided by the larger of the two deficits, so that no sum is overshot. Both
-are made of plain array operations: they run on every array library and on batches, and torch differentiates them.
+One change matters in floating point only: a divisor above one is enlarged by four units of roundoff, so that no sum
+exceeds one. Both are made of plain array operations: they run on every array library and on batches, and torch
+differentiates them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def round_to_polytope(matrix: Any) -> Any:
     After the two steps of :func:`round_to_nonexpansive` the deficits :math:`e_r = 1 - A_2 1` and
     :math:`e_c = 1 - A_2^\top 1` are non-negative and have the same total, and
 
-    .. math:: B = A_2 + e_r e_c^\top / \max(\lVert e_r \rVert_1, \lVert e_c \rVert_1)
+    .. math:: B = A_2 + e_r e_c^\top / \lVert e_r \rVert_1
 
     has :math:`B 1 = 1` and :math:`B^\top 1 = 1`.
 
@@ -104,10 +104,7 @@ def round_to_polytope(matrix: Any) -> Any:
     shrunk = _shrink(xp, values, accumulate)
     deficit_rows = _positive_part(xp, 1.0 - xp.sum(shrunk, axis=-1, dtype=accumulate))  # e_r
     deficit_columns = _positive_part(xp, 1.0 - xp.sum(shrunk, axis=-2, dtype=accumulate))  # e_c
-    total_rows = xp.sum(deficit_rows, axis=-1, keepdims=True)
-    total_columns = xp.sum(deficit_columns, axis=-1, keepdims=True)
-    # Equal in exact arithmetic. Dividing by the larger never overshoots a sum, whatever the rounding of the deficits.
-    total = xp.where(total_rows > total_columns, total_rows, total_columns)
+    total = xp.sum(deficit_rows, axis=-1, keepdims=True)  # the deficits of the columns have the same total
     share = deficit_columns / xp.where(total > 0, total, xp.ones_like(total))
     left = _xp.astype(xp, deficit_rows, values.dtype)[..., :, None]
     right = _xp.astype(xp, share, values.dtype)[..., None, :]

@@ -131,6 +131,17 @@ def test_without_outward_rounding_the_bounds_are_wrong(monkeypatch: pytest.Monke
     assert violations() > 10
 
 
+def test_underflow_is_accounted_for() -> None:
+    """Products of entries underflow to zero; the norm does not, so no bound may."""
+    tiny = np.full((3, 3), 1e-200)
+    single = certify(tiny)
+    assert 3e-200 * (1 - 1e-14) <= single.norm2_upper <= 3.001e-200
+    assert single.norm2_lower <= 3e-200
+    product = certify_product(np.stack([tiny, tiny]))  # the norm is 9e-400, which is not zero
+    assert product.norm2_upper > 0.0
+    assert (product.absolute_row_sums > 0.0).all()
+
+
 def test_a_flushed_subnormal_does_not_break_the_bound() -> None:
     """A torch mode reads subnormal numbers as zero; the certificate of the stored values must still hold."""
     matrix = torch.tensor([[1.0, 1e-310], [1e-310, 1.0]], dtype=torch.float64)
@@ -217,6 +228,10 @@ def test_provenance() -> None:
     assert exact.provenance is Provenance.exact
     assert exact.norm2_lower == exact.norm2_upper == 2.0
     assert certify(np.full((3, 1, 1), 0.3)).provenance is Provenance.exact
+    for shared_line in (np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 1.0], [0.0, 0.0]])):
+        certificate = certify(shared_line)
+        assert certificate.provenance is Provenance.enclosure
+        assert certificate.norm2_upper >= np.sqrt(2.0)
     assert certify(np.full((2, 2), 0.5)).provenance is Provenance.enclosure
     assert certify(np.stack([np.eye(2), np.full((2, 2), 0.5)])).provenance is Provenance.enclosure
     sampled = certify(truncated(50, 3, 1.0), num_samples=7)

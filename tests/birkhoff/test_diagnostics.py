@@ -63,6 +63,14 @@ def test_extremes() -> None:
     assert float(diagnostics.second_singular_value(skewed)) > 0.9
 
 
+def test_second_singular_value_without_exact_sums() -> None:
+    """Defined as the norm of W P W: both the row and the column means are taken out."""
+    matrix = np.random.default_rng(0).random((20, 4, 4))
+    centre = np.eye(4) - 0.25
+    expected = np.linalg.norm(centre @ matrix @ centre, 2, axis=(-2, -1))
+    np.testing.assert_allclose(diagnostics.second_singular_value(matrix), expected, atol=4e-6)
+
+
 def test_gain_definitions() -> None:
     matrix = np.array([[2.0, -1.0], [0.0, 0.5]])
     assert diagnostics.forward_gain(matrix) == (0.5, 1.0)

@@ -60,12 +60,14 @@ def test_mass_that_crosses_a_gap() -> None:
     np.testing.assert_allclose(result.matrix.sum(axis=0), 1, atol=2e-8)
 
 
+@pytest.mark.parametrize("std", [1.0, 30.0])
 @pytest.mark.parametrize("block_bytes", [1, 3000, 1 << 20])
-def test_blocks_do_not_matter(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = np.random.default_rng(0).normal(0, 30, (57, 57))
+def test_blocks_do_not_matter(block_bytes: int, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.random.default_rng(0).normal(0, std, (57, 57))
     expected = project_large(logits, num_iters=30, tol=1e-300)
     monkeypatch.setattr(large, "_BLOCK_BYTES", {"cpu": block_bytes})
     result = project_large(logits, num_iters=30, tol=1e-300)
+    assert result.num_iters == expected.num_iters
     np.testing.assert_allclose(result.matrix, expected.matrix, atol=1e-13)
 
 
