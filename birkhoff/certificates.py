@@ -61,7 +61,8 @@ class Certificate:
     Parameters
     ----------
     norm2_lower, norm2_upper : array, shape (...)
-        Bounds of the spectral norm. ``norm2_upper`` is +inf where an entry is negative or not finite.
+        Bounds of the spectral norm. ``norm2_upper`` is +inf where an entry is negative or not finite, except for a
+        finite matrix with at most one nonzero in each row and column.
     row_sums, column_sums : array, shape (..., n)
         The signed sums :math:`\sum_j m_{ij}` and :math:`\sum_i m_{ij}`, to nearest.
     absolute_row_sums, absolute_column_sums : array, shape (..., n)
@@ -186,7 +187,7 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
     the lower bound the largest of :math:`\lVert Px\rVert/\lVert x\rVert`,
     :math:`\lVert P^\top y\rVert/\lVert y\rVert` with :math:`y = Px`, and :math:`\max|p_{ij}|`.
     **A matrix with a negative or non-finite entry gets the upper bound +inf**, because the inequalities need
-    :math:`P \ge 0`. For signed matrices ``certify(abs(P))`` is valid, since :math:`\lVert P\rVert_2 \le
+    :math:`P \ge 0` (unless it is finite with at most one nonzero in each row and column, whose norm is known). For signed matrices ``certify(abs(P))`` is valid, since :math:`\lVert P\rVert_2 \le
     \lVert\,|P|\,\rVert_2`.
 
     Claim: *enclosure*. Holds for every stored input and every summation order, subnormal numbers included.

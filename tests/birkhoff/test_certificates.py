@@ -252,6 +252,8 @@ def test_negative_and_non_finite_entries_have_no_upper_bound(bad: float) -> None
     assert certificate.norm2_lower[1] <= (np.linalg.norm(matrix[1], 2) if np.isfinite(bad) else np.inf)
     product = certify_product(np.stack([matrix, matrix], axis=1))
     assert product.norm2_upper[1] == np.inf
+    alone = certify(np.full((1, 1), bad))  # at most one nonzero in each row: known, if it is finite
+    assert alone.norm2_upper == (abs(bad) if np.isfinite(bad) else np.inf)
 
 
 def test_signed_and_absolute_definitions_differ() -> None:
