@@ -187,8 +187,8 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
     the lower bound the largest of :math:`\lVert Px\rVert/\lVert x\rVert`,
     :math:`\lVert P^\top y\rVert/\lVert y\rVert` with :math:`y = Px`, and :math:`\max|p_{ij}|`.
     **A matrix with a negative or non-finite entry gets the upper bound +inf**, because the inequalities need
-    :math:`P \ge 0` (unless it is finite with at most one nonzero in each row and column, whose norm is known). For signed matrices ``certify(abs(P))`` is valid, since :math:`\lVert P\rVert_2 \le
-    \lVert\,|P|\,\rVert_2`.
+    :math:`P \ge 0`. (Exception: a finite matrix with at most one nonzero in each row and column, whose norm is known.)
+    For signed matrices ``certify(abs(P))`` is valid, since :math:`\lVert P\rVert_2 \le \lVert\,|P|\,\rVert_2`.
 
     Claim: *enclosure*. Holds for every stored input and every summation order, subnormal numbers included.
 
