@@ -2,9 +2,9 @@
 
 The operators (``torch.ops.mhc_layers.*``) are opaque to the compiler and visible to dispatch modes: selective
 checkpointing, flop counting. They have no autograd of their own; two Functions around them do. The backward runs in
-three phases: the write's backward (A) before the sublayer's, the read's (B1, finish, B2) after it. The gradient g of the
-next streams travels from A to B2 through the graph, in the gradient slot of ``FusedState.link``, so no partial dx is
-stored.
+three phases: the write's backward (A) before the sublayer's, the read's (B1, finish, B2) after it. The gradient g of
+the next streams travels from A to B2 through the graph, in the gradient slot of ``FusedState.link``, so no partial dx
+is stored.
 
 Shape legend: ... tokens, n streams, C channels, K = nC, N = n(n + 2) coefficients.
 """

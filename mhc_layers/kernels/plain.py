@@ -196,7 +196,7 @@ def finish_backward(
 def streams_backward(
     x: Tensor, g: Tensor | None, gu: Tensor | None, mix: Tensor, dz: Tensor, phi: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Phase B2: ``dx[i] = sum_o h_res[o, i] g[o] + h_pre[i] du + (dz phi)[i] + rc x[i]``, ``dphi = dz^T x`` (one slab)."""
+    """Phase B2: ``dx[i] = sum_o h_res[o, i] g[o] + h_pre[i] du + (dz phi)[i] + rc x[i]``, a slab ``dphi = dz^T x``."""
     num_rows = phi.shape[0]
     n = x.shape[-2]
     wide = _tokens(x).to(mix.dtype)

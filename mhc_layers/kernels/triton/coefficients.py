@@ -1,4 +1,3 @@
-# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
 """Coefficients of a site, forward: projection with mean square in one read of the streams, then the finish.
 
 Tokens M, streams n, channels C, K = nC, N = n(n + 2). The contraction is split over K into slabs that the finish sums
@@ -17,6 +16,7 @@ from mhc_layers.kernels.options import SiteOptions, padded_rows, streams_of
 from mhc_layers.kernels.triton.configs import (
     FinishConfig,
     ProjectConfig,
+    capability,
     cdiv,
     finish_config,
     is_interpreting,
@@ -121,6 +121,7 @@ def finish_kernel(
     EPS_START: tl.constexpr,
     EPS_DEN: tl.constexpr,
     LANE: tl.constexpr,
+    W: tl.constexpr,
     BT: tl.constexpr,
 ):
     """proj = h / r (Eq. 15), logits = alpha proj + bias (Eq. 16), sigmoids (Eq. 17, 18), Sinkhorn (Eq. 9, 19)."""
@@ -147,17 +148,17 @@ def finish_kernel(
 
     alpha = tl.load(ALPHA_RES)
     if LANE:
-        cells = ()
-        for k in tl.static_range(n * n):
-            cell_at = tok * N + 2 * n + k
-            p = _sum_slabs(SLABS, cell_at, live, stride, S) * rstd
-            tl.store(PROJ + cell_at, p, mask=live)
-            cells = cells + (alpha * p + tl.load(BIAS + 2 * n + k),)
+        k = tl.arange(0, W)[None, :]
+        mask = live[:, None] & (k < n * n)
+        at = tok[:, None] * N + 2 * n + k
+        p = _sum_slabs(SLABS, at, mask, stride, S) * rstd[:, None]
+        tl.store(PROJ + at, p, mask=mask)
+        logits = alpha * p + tl.load(BIAS + 2 * n + k, mask=k < n * n, other=0.0)
+        cells = tile.unpack(logits, BT, W)
         h_res = tile.sinkhorn(cells, ITERS, n, METHOD, COLUMNS_FIRST, True, EPS_START, EPS_DEN)
-        for a in tl.static_range(n):
-            for b in tl.static_range(n):
-                out = 2 * n + (b * n + a if TRANSPOSED else a * n + b)
-                tl.store(COEF + tok * N + out, h_res[a * n + b], mask=live)
+        if TRANSPOSED:
+            at = tok[:, None] * N + 2 * n + (k % n) * n + k // n
+        tl.store(COEF + at, tile.pack(h_res, BT, W, n * n), mask=mask)
     else:
         a = tl.arange(0, NS)[None, :, None]
         b = tl.arange(0, NS)[None, None, :]
@@ -198,7 +199,7 @@ def project(
     num_rows, k = phi.shape
     num_tokens = x.numel() // k
     if config is None:
-        config = project_config(num_tokens, num_streams, dim, x.element_size(), num_sms(x.device))
+        config = project_config(num_tokens, num_streams, dim, x.element_size(), num_sms(x.device), capability(x.device))
     # a split covers a whole number of k-steps, so the last one may be short but none is empty
     span = cdiv(k, config.num_splits * config.block_k) * config.block_k
     num_splits = cdiv(k, span)
@@ -275,7 +276,7 @@ def finish(
     if num_tokens == 0:
         return coef, proj, rstd
     if config is None:
-        config = finish_config(num_streams, backward=False)
+        config = finish_config(num_streams)
     finish_kernel[(cdiv(num_tokens, config.block_tokens),)](
         slabs,
         squares,
@@ -299,6 +300,7 @@ def finish(
         EPS_START=options.eps_start,
         EPS_DEN=options.eps_den,
         LANE=config.lane,
+        W=next_power_of_2(num_streams * num_streams),
         BT=config.block_tokens,
         num_warps=config.num_warps,
     )

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them
 """Finish of the backward: from the gradients of the coefficients to dz, the operator of B2, and parameter partials.
 
 Everything is per token and on chip: sigmoids, the exact adjoint of the truncated Sinkhorn iteration (recomputed here,
@@ -66,6 +65,7 @@ def finish_backward_kernel(
     EPS_DEN: tl.constexpr,
     LENGTH: tl.constexpr,
     LANE: tl.constexpr,
+    W: tl.constexpr,
     BT: tl.constexpr,
 ):
     """With l the logits and p the normalised projections: dp = alpha dl, dz = dp / r, rc = -(sum dp p) / (r^2 K)."""
@@ -112,31 +112,32 @@ def finish_backward_kernel(
     # mix: Eq. 9 and 19, exact adjoint of the truncated iteration
     alpha = tl.load(ALPHA_RES)
     if LANE:
-        cells = ()
-        grads = ()
-        for a in tl.static_range(n):
-            for b in tl.static_range(n):
-                stored = 2 * n + a * n + b
-                acting = 2 * n + (b * n + a if TRANSPOSED else a * n + b)
-                p = tl.load(PROJ + tok * N + stored, mask=live, other=0.0)
-                cells = cells + (alpha * p + tl.load(BIAS + stored),)
-                grads = grads + (tl.load(DCOEF + tok * N + acting, mask=live, other=0.0),)
+        # entries in one tensor between memory and the tuple of lanes: few memory operations compile fast
+        k = tl.arange(0, W)[None, :]
+        mask = live[:, None] & (k < n * n)
+        stored = tok[:, None] * N + 2 * n + k
+        acting = stored
+        place = (k % n) * P + k // n
+        if TRANSPOSED:
+            acting = tok[:, None] * N + 2 * n + (k % n) * n + k // n
+            place = (k // n) * P + k % n
+        p = tl.load(PROJ + stored, mask=mask, other=0.0)
+        logits = alpha * p + tl.load(BIAS + 2 * n + k, mask=k < n * n, other=0.0)
+        d = tl.load(DCOEF + acting, mask=mask, other=0.0)
+        cells = tile.unpack(logits, BT, W)
         h_res = tile.sinkhorn(cells, ITERS, n, METHOD, COLUMNS_FIRST, True, EPS_START, EPS_DEN)
-        for a in tl.static_range(n):
-            for b in tl.static_range(n):
-                place = a * P + b if TRANSPOSED else b * P + a
-                tl.store(MIX + tok * (n * P) + place, h_res[a * n + b], mask=live)
-        dlogits = tile.sinkhorn_vjp(cells, grads, ITERS, n, METHOD, COLUMNS_FIRST, True, LENGTH, EPS_START, EPS_DEN)
-        dot = tl.zeros((BT,), tl.float32)
-        for k in tl.static_range(n * n):
-            # p is read again rather than held through the adjoint, which needs the registers
-            p = tl.load(PROJ + tok * N + 2 * n + k, mask=live, other=0.0)
-            dl = tl.where(live, dlogits[k], 0.0)
-            dot += dl * p
-            tl.store(partial + 2 * n + k, tl.sum(dl, axis=0))
-            _store_dz(DZ, tok * (TERMS * NP) + 2 * n + k, alpha * dl * rstd, live, NP, TERMS)
+        tl.store(MIX + tok[:, None] * (n * P) + place, tile.pack(h_res, BT, W, n * n), mask=mask)
+        dlogits = tile.sinkhorn_vjp(
+            cells, tile.unpack(d, BT, W), ITERS, n, METHOD, COLUMNS_FIRST, True, LENGTH, EPS_START, EPS_DEN
+        )
+        dl = tl.where(mask, tile.pack(dlogits, BT, W, n * n), 0.0)
+        # p is read again rather than held through the adjoint, which needs the registers
+        dlp = dl * tl.load(PROJ + stored, mask=mask, other=0.0)
+        tl.store(partial + 2 * n + tl.arange(0, W), tl.sum(dl, axis=0), mask=tl.arange(0, W) < n * n)
+        dot = tl.sum(dlp, axis=1)
         tl.store(partial + NP + 2, tl.sum(dot, axis=0))
         inner += alpha * dot
+        _store_dz(DZ, tok[:, None] * (TERMS * NP) + 2 * n + k, alpha * dl * rstd[:, None], mask, NP, TERMS)
     else:
         a = tl.arange(0, NS)[None, :, None]
         b = tl.arange(0, NS)[None, None, :]
@@ -232,7 +233,7 @@ def finish_backward(
     two_terms = stream_dtype == torch.bfloat16
     device = proj.device
     if config is None:
-        config = finish_config(num_streams, backward=True)
+        config = finish_config(num_streams)
     programs = cdiv(num_tokens, config.block_tokens)
     mix = torch.empty((num_tokens, num_streams, width), dtype=torch.float32, device=device)
     terms = 2 if two_terms else 1
@@ -271,6 +272,7 @@ def finish_backward(
         EPS_DEN=options.eps_den,
         LENGTH=min(config.length, options.num_iters),
         LANE=config.lane,
+        W=next_power_of_2(num_streams * num_streams),
         BT=config.block_tokens,
         num_warps=config.num_warps,
     )

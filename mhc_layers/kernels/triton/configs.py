@@ -16,6 +16,7 @@ __all__ = ["ProjectConfig", "RowConfig", "StreamsBackwardConfig", "is_interpreti
 # Triton reads the variable when a kernel is decorated; the launchers ask once, in the same way.
 _INTERPRETING: bool | None = None
 _NUM_SMS: dict[int, int] = {}
+_CAPABILITY: dict[int, int] = {}
 
 
 def is_interpreting() -> bool:
@@ -41,6 +42,17 @@ def num_sms(device: torch.device) -> int:
 def cdiv(a: int, b: int) -> int:
     """Smallest integer that is at least a / b."""
     return -(-a // b)
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability times ten: 80, 90, 100; 90 where there is none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 90
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index not in _CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(index)
+        _CAPABILITY[index] = 10 * major + minor
+    return _CAPABILITY[index]
 
 
 def next_power_of_2(value: int) -> int:
@@ -93,35 +105,57 @@ def row_config(num_streams: int, dim: int, item_size: int, reducing: bool) -> Ro
     return RowConfig(4, block_channels, 4)
 
 
-def project_config(num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int) -> ProjectConfig:
+def project_config(
+    num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int, capability: int
+) -> ProjectConfig:
     """Tile of the projection: 64-token tiles reach wgmma; splits of K fill the machine when tokens are few."""
     k = num_streams * dim
     if is_interpreting():
         return ProjectConfig(32, 64, min(2, max(1, k // 64)), 4, 1)
     wide = num_streams * (num_streams + 2) > 32
     block_k = 128 if item_size == 2 and not wide else 64
-    if item_size == 4:
+    if item_size == 4 or (wide and capability < 90):
         block_k = 32
     block_tokens = 64 if num_tokens > 32 else 16
     tiles = -(-num_tokens // block_tokens)
     # about two programs a multiprocessor, at least four k-steps a program
-    num_splits = max(1, min(-(-2 * sms // tiles), k // (4 * block_k), 32))
-    return ProjectConfig(block_tokens, block_k, num_splits, 4, 4 if not wide else 3)
+    num_splits = max(1, min(round(2 * sms / tiles), k // (4 * block_k), 32))
+    if item_size == 4:
+        return ProjectConfig(block_tokens, block_k, num_splits, 8, 3)
+    return ProjectConfig(block_tokens, block_k, num_splits, 4, 3 if wide else 4)
 
 
 def streams_backward_config(
-    num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int
+    num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int, capability: int
 ) -> StreamsBackwardConfig:
     """Tile of B2; the token splits fill one wave of programs, each with a few tiles at least."""
     if is_interpreting():
         group = {1: 1, 2: 2, 3: 3, 4: 4, 6: 3, 8: 2}.get(num_streams, 1)
         return StreamsBackwardConfig(16, max(16, min(64, next_power_of_2(dim))), group, 2, 4, 1)
-    group = {1: 1, 2: 2, 3: 3, 4: 4, 5: 2, 6: 2, 7: 1, 8: 1}.get(num_streams, 1)
-    block_channels = 64 if item_size == 2 else 32
-    block_tokens, num_stages = (32, 3) if item_size == 2 else (16, 2)
-    programs = -(-dim // block_channels) * -(-num_streams // group)
-    num_splits = max(1, min(-(-2 * sms // programs), -(-num_tokens // (2 * block_tokens))))
-    return StreamsBackwardConfig(block_tokens, block_channels, group, num_splits, 4, num_stages)
+    group = {1: 1, 2: 2, 3: 3, 4: 4, 6: 2}.get(num_streams, 1)
+    if item_size == 4:
+        group, block_tokens, block_channels, num_warps, num_stages = 1, 16, 64, 4, 2
+    elif capability < 90:
+        # without wgmma the accumulators and both operands share the registers
+        block_tokens, block_channels = (32, 64) if num_streams <= 4 else (16, 32)
+        group, num_warps, num_stages = 1, 4, 2
+    else:
+        block_tokens, block_channels, num_warps, num_stages = 16, 128, 8, 3
+    columns = cdiv(dim, block_channels) * (num_streams // group)
+    num_splits = token_splits(cdiv(num_tokens, block_tokens), columns, sms)
+    return StreamsBackwardConfig(block_tokens, block_channels, group, num_splits, num_warps, num_stages)
+
+
+def token_splits(tiles: int, columns: int, sms: int) -> int:
+    """How many programs share the token tiles of one column of channels: the fewest tiles on the busiest processor.
+
+    A program also pays about four tiles to fill its pipeline and to write its slab; few splits win ties.
+    """
+
+    def busiest(splits: int) -> int:
+        return cdiv(columns * splits, sms) * (cdiv(tiles, splits) + 4)
+
+    return min(range(1, max(1, min(tiles, cdiv(4 * sms, columns))) + 1), key=lambda splits: (busiest(splits), splits))
 
 
 @dataclass(frozen=True)
@@ -134,14 +168,13 @@ class FinishConfig:
     length: int
 
 
-def finish_config(num_streams: int, backward: bool) -> FinishConfig:
-    """One token a lane up to n = 4 forward; the adjoint compiles thirty times faster, and as fast to run, as a tile."""
-    lane = num_streams <= 4 and not backward
+def finish_config(num_streams: int) -> FinishConfig:
+    """One token a lane up to n = 4, a tile of lanes beyond."""
     if is_interpreting():
-        return FinishConfig(64, 1, lane, 10)
-    if lane:
-        return FinishConfig(32, 1, True, 10)
-    return FinishConfig(16, 4, False, 10) if num_streams <= 4 else FinishConfig(4, 4, False, 10)
+        return FinishConfig(64, 1, num_streams <= 4, 5)
+    if num_streams <= 4:
+        return FinishConfig(32, 1, True, 5)
+    return FinishConfig(4, 4, False, 10)
 
 
 def lane_values(config: RowConfig) -> int:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import (
     StreamsBackwardConfig,
+    capability,
     cdiv,
     is_interpreting,
     num_sms,
@@ -134,14 +135,23 @@ def streams_backward_kernel(
 
 @triton.jit(do_not_specialize=["S", "PROGRAMS"])
 def reduce_kernel(
-    SLABS, PARAMS, DPHI, DPARAMS, S, PROGRAMS, SIZE, NP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    SLABS,
+    PARAMS,
+    DPHI,
+    DPARAMS,
+    S,
+    PROGRAMS,
+    SIZE,
+    NP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Sum of the slabs in the order s = 0, 1, ...; the last program sums the partials of bias and alpha."""
+    """Sums over the slabs, DEPTH at a time in order; the last program sums the partials of bias and alpha."""
     pid = tl.program_id(0)
     if pid == tl.num_programs(0) - 1:
-        W: tl.constexpr = 2 * NP
-        j = tl.arange(0, W)
-        sums = tl.zeros((W,), tl.float32)
+        j = tl.arange(0, 2 * NP)
+        sums = tl.zeros((2 * NP,), tl.float32)
         for start in range(0, PROGRAMS, ROWS):
             row = start + tl.arange(0, ROWS)
             mask = (row < PROGRAMS)[:, None] & (j < NP + 3)[None, :]
@@ -149,13 +159,13 @@ def reduce_kernel(
         tl.store(DPARAMS + j, sums, mask=j < NP + 3)
     else:
         at = pid * BLOCK + tl.arange(0, BLOCK)
-        mask = at < SIZE
         total = tl.zeros((BLOCK,), tl.float32)
-        slab = SLABS + at
-        for _ in range(0, S):
-            total += tl.load(slab, mask=mask, other=0.0)
-            slab += SIZE
-        tl.store(DPHI + at, total, mask=mask)
+        for start in range(0, S, DEPTH):
+            slab = start + tl.arange(0, DEPTH)
+            mask = (slab < S)[:, None] & (at < SIZE)[None, :]
+            values = tl.load(SLABS + slab[:, None].to(tl.int64) * SIZE + at[None, :], mask=mask, other=0.0)
+            total += tl.sum(values, axis=0)
+        tl.store(DPHI + at, total, mask=at < SIZE)
 
 
 def streams_backward(
@@ -173,7 +183,9 @@ def streams_backward(
     num_rows, k = phi.shape
     num_tokens = x.numel() // k
     if config is None:
-        config = streams_backward_config(num_tokens, num_streams, dim, x.element_size(), num_sms(x.device))
+        config = streams_backward_config(
+            num_tokens, num_streams, dim, x.element_size(), num_sms(x.device), capability(x.device)
+        )
     span = cdiv(cdiv(num_tokens, config.num_splits), config.block_tokens) * config.block_tokens
     num_splits = cdiv(num_tokens, span) if num_tokens else 0
     dx = torch.empty_like(x)
@@ -227,7 +239,7 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
         return dphi_slabs.new_zeros((num_rows, k)), params.new_zeros((padded + 4,))
     dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
     dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
-    block = 65536 if is_interpreting() else 1024
+    block = 16384 if is_interpreting() else 256
     reduce_kernel[(cdiv(num_rows * k, block) + 1,)](
         dphi_slabs,
         params,
@@ -238,7 +250,8 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
         num_rows * k,
         NP=padded,
         BLOCK=block,
-        ROWS=64,
+        DEPTH=8,
+        ROWS=256,
         num_warps=4,
     )
     return dphi, dparams

@@ -1,0 +1,149 @@
+"""The fused layer on a GPU: leaves and autograd against float64, determinism, graphs, compilation, kept memory."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection
+from mhc_layers._fused_state import FusedState
+from mhc_layers.kernels.table import leaf, restricted_to
+from tests.kernels.mhc_cases import leaves_chain, make_problem, oracle, relative_error
+
+pytestmark = pytest.mark.gpu
+
+STREAMS = ("u", "out", "dx", "df")
+TOLERANCE = {torch.float32: (1e-6, 5e-6), torch.float16: (3e-4, 3e-5), torch.bfloat16: (1.8e-3, 1e-4)}
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "tokens", "dtype", "convention"),
+    [
+        (4, 1280, 2048, torch.bfloat16, PAPER),
+        (4, 4096, 1000, torch.bfloat16, PAPER),
+        (4, 1000, 7, torch.bfloat16, DEEPSEEK_V4),
+        (4, 1000, 1, torch.bfloat16, PAPER),
+        (4, 512, 333, torch.float32, DEEPSEEK_V4),
+        (4, 512, 300, torch.float16, PAPER),
+        (3, 1000, 129, torch.bfloat16, PAPER),
+        (2, 768, 65, torch.bfloat16, PAPER),
+        (1, 300, 50, torch.bfloat16, PAPER),
+        (6, 640, 200, torch.bfloat16, PAPER),
+        (8, 512, 200, torch.bfloat16, DEEPSEEK_V4),
+        (4, 1280, 0, torch.bfloat16, PAPER),
+    ],
+)
+@pytest.mark.parametrize("rows", ["triton", "default"])
+def test_site_equals_float64(n: int, c: int, tokens: int, dtype: torch.dtype, convention: Any, rows: str) -> None:
+    problem = make_problem(tokens, n, c, dtype, device="cuda")
+    exact = oracle(problem, convention)
+    with restricted_to("triton") if rows == "triton" else contextlib.nullcontext():
+        first, second = (leaves_chain(problem, convention, lambda name: leaf(name, problem.x)) for _ in range(2))
+    rounded, summed = TOLERANCE[dtype]
+    errors = {name: relative_error(first[name], exact[name]) for name in exact}
+    for name, error in errors.items():
+        assert error <= (rounded if name in STREAMS else summed), errors
+    assert all(torch.equal(first[name], second[name]) for name in first), "not bitwise reproducible"
+
+
+def sites(n: int, c: int, convention: Any) -> tuple[HyperConnection, HyperConnection]:
+    torch.manual_seed(0)
+    plain = HyperConnection(c, n, torch.nn.Identity(), convention=convention, implementation="functional")
+    with torch.no_grad():
+        plain.phi.normal_(std=(n * c) ** -0.5)
+        plain.bias.normal_(std=0.5)
+        for alpha in (plain.alpha_pre, plain.alpha_post, plain.alpha_res):
+            alpha.fill_(0.9)
+    fused = HyperConnection(c, n, torch.nn.Identity(), convention=convention)
+    fused.load_state_dict(plain.state_dict())
+    return fused.cuda(), plain.cuda()
+
+
+@pytest.mark.parametrize("convention", [PAPER, DEEPSEEK_V4], ids=["paper", "v4"])
+def test_module_chooses_the_kernels_and_agrees(convention: Any) -> None:
+    fused, plain = sites(4, 256, convention)
+    assert isinstance(fused.pre(torch.zeros(1, 4, 256, device="cuda"))[1], FusedState)
+    x = torch.randn(3, 65, 4, 256, device="cuda")
+    results = []
+    for site in (fused, plain):
+        leaf_x = x.clone().requires_grad_()
+        out = site(leaf_x)
+        out.square().mean().backward()
+        results.append([out.detach(), leaf_x.grad, *(parameter.grad for parameter in site.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < 2e-4
+
+
+def test_delayed_read_chain_agrees() -> None:
+    pair = [sites(4, 128, DEEPSEEK_V41) for _ in range(2)]
+    x = torch.randn(40, 4, 128, device="cuda")
+    grads = []
+    for which in (0, 1):
+        first, second = pair[0][which], pair[1][which]
+        leaf_x = x.clone().requires_grad_()
+        u, state = first.pre(leaf_x)
+        y, u, state = first.boundary(leaf_x, torch.tanh(u), state, second)
+        second.post(y, torch.tanh(u), state).square().mean().backward()
+        grads.append([leaf_x.grad, first.phi.grad, first.bias.grad, second.phi.grad])
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 5e-4
+
+
+def test_cuda_graph_replays_a_training_step() -> None:
+    fused, _ = sites(4, 256, PAPER)
+    x = torch.randn(64, 4, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        fused.zero_grad(set_to_none=False)
+        x.grad = None
+        out = fused(x)
+        out.float().square().mean().backward()
+        return out
+
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+        fused.phi.mul_(1.5)  # a replay must see the parameters of the day
+    graph.replay()
+    out, grad = captured.clone(), fused.phi.grad.clone()
+    expected = step()
+    assert torch.equal(out, expected)
+    assert torch.equal(grad, fused.phi.grad)
+
+
+def test_kept_memory_is_a_hundred_bytes_a_token() -> None:
+    tokens, c = 4096, 1024
+    fused, _ = sites(4, c, PAPER)
+    x = torch.randn(tokens, 4, c, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    f = torch.randn(tokens, c, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    u, state = fused.pre(x)
+    out = fused.post(x, f, state)
+    del u, state, out
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    u, state = fused.pre(x)
+    out = fused.post(x, f, state)
+    del state
+    kept = torch.cuda.memory_allocated() - before - u.nbytes - out.nbytes
+    assert kept <= 100 * tokens + 4096
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph() -> None:
+    fused, _ = sites(4, 256, PAPER)
+    x = torch.randn(33, 4, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    expected = fused(x)
+    (grad,) = torch.autograd.grad(expected.float().square().sum(), x)
+    compiled = torch.compile(fused, fullgraph=True)
+    out = compiled(x)
+    (compiled_grad,) = torch.autograd.grad(out.float().square().sum(), x)
+    assert relative_error(out, expected) < 4e-3
+    assert relative_error(compiled_grad, grad) < 4e-3

@@ -1,0 +1,139 @@
+"""Every Triton kernel of the fused layer in the interpreter, against float64.
+
+The interpreter computes bf16 products and sums wrongly and truncates when it stores bf16, so kernels cast to float32
+before any arithmetic there (``UPCAST``) and bf16 results may be off by one unit in the last place. The shapes are not
+multiples of any tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from mhc_layers.conventions import DEEPSEEK_V4, PAPER
+from mhc_layers.kernels import plain
+from mhc_layers.kernels.options import options_key, site_options
+from mhc_layers.kernels.table import LEAVES, explain
+from tests.kernels.mhc_cases import leaves_chain, make_problem, oracle, relative_error
+
+pytestmark = pytest.mark.interpret
+
+pytest.importorskip("triton")
+
+STREAMS = ("u", "out", "dx", "df")
+
+#: Relative error of results in the streams' dtype, and of float32 results.
+TOLERANCE = {torch.float32: (1e-6, 3e-6), torch.float16: (5e-4, 3e-5), torch.bfloat16: (4e-3, 5e-5)}
+
+
+@functools.cache
+def triton_leaf(name: str) -> Any:
+    row = next(row for row in LEAVES[name].rows if row.name == "triton")
+    return row.load("run")
+
+
+@pytest.fixture(autouse=True)
+def _interpreter() -> None:
+    from mhc_layers.kernels.triton.configs import is_interpreting
+
+    if not is_interpreting():
+        pytest.skip("needs TRITON_INTERPRET=1 from the start of the process")
+
+
+CASES = [
+    (4, 40, 7, torch.float32, PAPER),
+    (4, 64, 33, torch.bfloat16, PAPER),
+    (4, 48, 20, torch.float32, DEEPSEEK_V4),
+    (3, 50, 9, torch.float32, PAPER),
+    (3, 50, 9, torch.bfloat16, DEEPSEEK_V4),
+    (1, 16, 3, torch.float32, PAPER),
+    (2, 33, 5, torch.float16, PAPER),
+    (6, 20, 17, torch.float32, PAPER),
+    (8, 24, 5, torch.bfloat16, DEEPSEEK_V4),
+    (4, 1000, 1, torch.float32, PAPER),
+]
+
+
+@pytest.mark.parametrize(("n", "c", "tokens", "dtype", "convention"), CASES)
+def test_site_equals_float64(n: int, c: int, tokens: int, dtype: torch.dtype, convention: Any) -> None:
+    problem = make_problem(tokens, n, c, dtype)
+    exact = oracle(problem, convention)
+    ours = leaves_chain(problem, convention, triton_leaf)
+    rounded, summed = TOLERANCE[dtype]
+    errors = {name: relative_error(ours[name], exact[name]) for name in exact}
+    for name, error in errors.items():
+        assert error < (rounded if name in STREAMS else summed), errors
+    assert all(ours[name].dtype == dtype for name in STREAMS)
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    problem = make_problem(19, 4, 72, torch.bfloat16)
+    first, second = (leaves_chain(problem, PAPER, triton_leaf) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_tokens() -> None:
+    problem = make_problem(0, 4, 24, torch.float32)
+    ours = leaves_chain(problem, PAPER, triton_leaf)
+    assert ours["dx"].shape == (0, 4, 24)
+    assert torch.equal(ours["dphi"], torch.zeros(24, 96))
+    assert not ours["dbias"].any()
+
+
+@pytest.mark.parametrize("absent", ["g", "gu"])
+def test_absent_gradients(absent: str) -> None:
+    n, c, tokens = 4, 24, 6
+    p = make_problem(tokens, n, c, torch.float32)
+    given = {"g": p.g, "gu": p.gu, absent: None}
+    options = site_options(options_key(PAPER))
+    slabs, squares = plain.project(p.x, p.phi)
+    coef, proj, rstd = plain.finish(slabs, squares, p.alphas, p.bias, options, n * c, (tokens,))
+    arguments = (proj, rstd, coef, None, p.alphas, p.bias, options, n * c, torch.float32)
+    results = []
+    for leaf in (triton_leaf, lambda name: getattr(plain, name)):
+        mix, dz, _ = leaf("finish_backward")(*arguments)
+        results.append(leaf("streams_backward")(p.x, given["g"], given["gu"], mix, dz, p.phi))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][1].sum(0), results[1][1].sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_delayed_read_uses_the_other_coefficients() -> None:
+    n, c, tokens = 4, 16, 5
+    p = make_problem(tokens, n, c, torch.float32)
+    before = torch.rand(tokens, 24)[:, :n]  # a slice: the rows are strided
+    options = site_options(options_key(DEEPSEEK_V4))
+    slabs, squares = plain.project(p.x, p.phi)
+    coef, proj, rstd = plain.finish(slabs, squares, p.alphas, p.bias, options, n * c, (tokens,))
+    arguments = (proj, rstd, coef, None, p.alphas, p.bias, options, n * c, torch.float32, before)
+    mix, _, _ = triton_leaf("finish_backward")(*arguments)
+    torch.testing.assert_close(mix[:, :, n], before)
+    u = triton_leaf("read_forward")(p.x, before)
+    torch.testing.assert_close(u, plain.read_forward(p.x, before))
+
+
+def test_shared_coefficients_have_stride_zero() -> None:
+    x = torch.randn(5, 4, 16)
+    first = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(5, 4)
+    assert torch.equal(triton_leaf("read_forward")(x, first), x[:, 0])
+
+
+@pytest.mark.parametrize("std", [3.0, 30.0])
+def test_wide_logits_stay_finite(std: float) -> None:
+    problem = make_problem(9, 4, 16, torch.float32, std=std)
+    exact = oracle(problem, PAPER)
+    ours = leaves_chain(problem, PAPER, triton_leaf)
+    assert all(torch.isfinite(value).all() for value in ours.values())
+    assert relative_error(ours["coef"], exact["coef"]) < 2e-6 * max(1.0, std)
+    rows = ours["coef"][:, 8:].unflatten(-1, (4, 4)).sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-6)
+
+
+def test_table_prefers_triton_here() -> None:
+    chosen = explain(torch.zeros(1, 4, 8))
+    plain_leaves = {"boundary_forward", "boundary_read_forward", "streams_backward_chained"}
+    for name, resolution in chosen.items():
+        if name not in plain_leaves:
+            assert resolution.row.name == "triton", resolution
