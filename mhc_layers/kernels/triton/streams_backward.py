@@ -251,7 +251,7 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
         NP=padded,
         BLOCK=block,
         DEPTH=8,
-        ROWS=256,
+        ROWS=8192 // padded,
         num_warps=4,
     )
     return dphi, dparams
