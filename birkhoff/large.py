@@ -1,14 +1,14 @@
 r"""Projection of one large dense matrix, n up to tens of thousands: one read of the matrix for each iteration.
 
 The iterate is kept as :math:`P = \operatorname{diag}(u)\, K \operatorname{diag}(v)` with a stored kernel
-:math:`K_{ij} = \exp(X_{ij} + f_i + g_j)`. With v known, a block of rows gives its part of u = 1 / (K v) and,
-while it is still in the cache, its part of the next column sums K^T u:
+:math:`K_{ij} = \exp(X_{ij} + f_i + g_j)` and its column sums c for the present u. One iteration is
 
 .. math:: v \leftarrow 1 / c, \qquad u \leftarrow 1 / (K v), \qquad c \leftarrow K^\top u
 
-so an iteration reads K once and its column error, :math:`\max_j |c_j v_j - 1|`, costs nothing. When a scaling factor
-leaves :math:`[e^{-\tau}, e^{\tau}]`, one full iteration is done on logarithms instead and its result becomes the new
-kernel (absorption, Schmitzer 2019), so that no range of logits under- or overflows.
+and a block of rows gives its part of u and, while it is still in the cache, its part of the next c. So K is read once,
+and the column error :math:`\max_j |c_j v_j - 1|` costs nothing. When a scaling factor leaves
+:math:`[e^{-\tau}, e^{\tau}]`, one full iteration is done on logarithms instead and its result becomes the new kernel
+(absorption, Schmitzer 2019), so that no range of logits under- or overflows.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _math, _xp
-from birkhoff._registry import Row, Table
+from birkhoff._registry import Row, Table, installed
 from birkhoff._result import Projection, Status
 from birkhoff.errors import DtypeError, OptionError, ProjectionError, ShapeError
 from birkhoff.precision import unit_roundoff
 from birkhoff.support import Support, diagnose_support
 
-__all__ = ["PASSES", "PassFacts", "project_large", "scaling_pass"]
+__all__ = ["PASSES", "PassFacts", "project_large", "scaling_passes"]
 
 Progress = Callable[[int, float], None]
 """Called after each iteration with its number and the largest distance of a first-side sum from one."""
 
 _LIMIT = 20.0  # tau: what a float32 kernel drops is below n exp(-87 + 2 tau) = 1e-20 n of a line's sum
+_LONGEST_RUN = 16  # iterations between two looks at the error, where looking means waiting for a device
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 32}  # rows read at a time: the second-level cache, or the whole matrix
 
 
 @dataclass(frozen=True)
 class PassFacts:
-    """What an implementation of the pass is chosen by."""
+    """What an implementation of the passes is chosen by."""
 
     library: str
     device: str
@@ -45,47 +46,81 @@ class PassFacts:
     n: int
 
 
+def _refuse_fused(facts: PassFacts) -> str | None:
+    largest = {"float32": 16384, "float64": 8192}[facts.dtype]
+    checks = (
+        (facts.device == "cuda", f"needs a CUDA device, got {facts.device}"),
+        (facts.library in ("torch", "cupy"), f"serves arrays of torch and cupy, got {facts.library}"),
+        (installed("cupy") or installed("cuda"), "needs cupy or cuda-bindings to compile"),
+        (facts.n <= largest, f"keeps a row in registers up to n = {largest} in {facts.dtype}, got n = {facts.n}"),
+    )
+    return next((reason for holds, reason in checks if not holds), None)
+
+
 PASSES: Table[PassFacts] = Table(
     "scaling passes",
     (
         Row(
+            name="cuda",
+            targets={"passes": "birkhoff.kernels.cuda.large:scaling_passes"},
+            refuse=_refuse_fused,
+            note="many iterations in one cooperative launch, compiled at run time",
+        ),
+        Row(
             name="array",
-            targets={"pass": "birkhoff.large:scaling_pass"},
+            targets={"passes": "birkhoff.large:scaling_passes"},
             refuse=lambda facts: None,
             note="two matrix-vector products for each block of rows, the second from the cache",
         ),
     ),
 )
-"""Implementations of ``pass(kernel, right) -> (left, sums)``; a fused kernel is one more row, before the last."""
+"""Implementations of :func:`scaling_passes`, in order of preference."""
 
 
-def scaling_pass(kernel: Any, right: Any) -> tuple[Any, Any]:
-    """Compute ``left = 1 / (K right)`` and ``sums = K^T left``, reading K once.
+def scaling_passes(kernel: Any, sums: Any, count: int) -> tuple[Any, Any, Any, Any, Any]:
+    """Do ``count`` iterations ``right = 1 / sums; left = 1 / (K right); sums = K^T left``, reading K once in each.
 
     Parameters
     ----------
     kernel : array, shape (n, n)
-    right : array, shape (n,)
+        Non-negative.
+    sums : array, shape (n,)
+        Column sums of K scaled by the present left factors.
+    count : int
+        At least 1.
 
     Returns
     -------
-    left, sums : array, shape (n,)
+    left, right, sums : array, shape (n,)
+        Of the last iteration.
+    errors : array, shape (count,)
+        After each iteration the largest distance from one of a column sum of ``left K right``.
+    largest : array, shape ()
+        The largest absolute logarithm of any factor of any iteration.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from birkhoff.large import scaling_pass
-    >>> scaling_pass(np.full((2, 2), 0.5), np.ones(2))
-    (array([1., 1.]), array([1., 1.]))
+    >>> from birkhoff.large import scaling_passes
+    >>> left, right, sums, errors, largest = scaling_passes(np.full((2, 2), 0.25), np.full(2, 0.5), 3)
+    >>> left, right, errors
+    (array([1., 1.]), array([2., 2.]), array([0., 0., 0.]))
     """
-    xp = _xp.array_namespace(kernel, right)
-    parts, sums = [], xp.zeros_like(right)
-    for rows in _blocks(kernel):
-        block = kernel[rows, :]
-        part = 1.0 / xp.matmul(block, right)
-        parts.append(part)
-        sums = sums + xp.matmul(part, block)
-    return xp.concat(parts), sums
+    xp = _xp.array_namespace(kernel, sums)
+    errors, extremes = [], []
+    left = right = sums
+    for _ in range(count):
+        right = 1.0 / sums
+        parts, sums = [], xp.zeros_like(sums)
+        for rows in _blocks(kernel):
+            block = kernel[rows, :]
+            part = 1.0 / xp.matmul(block, right)
+            parts.append(part)
+            sums = sums + xp.matmul(part, block)
+        left = xp.concat(parts)
+        errors.append(xp.max(xp.abs(sums * right - 1.0)))
+        extremes += [xp.max(xp.abs(xp.log(left))), xp.max(xp.abs(xp.log(right)))]
+    return left, right, sums, xp.stack(errors), xp.max(xp.stack(extremes))
 
 
 def project_large(
@@ -112,7 +147,7 @@ def project_large(
     first : {"columns", "rows"}
         The side normalised first; the other one is exact to rounding in the result.
     progress : callable, optional
-        ``progress(iteration, error)`` after every iteration, for a progress bar or a log.
+        ``progress(iteration, error)`` for every iteration, for a progress bar or a log.
     throw : bool
         Raise :class:`ProjectionError` for a matrix that did not converge.
 
@@ -131,9 +166,9 @@ def project_large(
 
     Notes
     -----
-    The iterates are those of :func:`birkhoff.sinkhorn`, up to rounding, whatever the range of the logits. Three scalars
-    are read per iteration, which waits for a device. No gradient is tracked; for gradients through large matrices use
-    :func:`birkhoff.project`. If there are -inf, their pattern is analysed on the host.
+    The iterates are those of :func:`birkhoff.sinkhorn`, up to rounding, whatever the range of the logits. On a GPU the
+    errors of up to 16 iterations are read at once, which waits for it. No gradient is tracked; for gradients through
+    large matrices use :func:`birkhoff.project`. If there are -inf, their pattern is analysed on the host.
 
     References
     ----------
@@ -188,26 +223,33 @@ def _project_one(
     """Columns first. Returns the matrix in the dtype ``store``, and status, iterations, row and column error."""
     n = logits.shape[-1]
     facts = PassFacts(_xp.library_name(xp), _xp.device_kind(logits), _xp.dtype_name(logits.dtype), n)
-    run_pass = PASSES.resolve(facts).row.load("pass")
+    row = PASSES.resolve(facts).row
+    run_passes, longest = row.load("passes"), 1 if row.name == "array" and facts.device == "cpu" else _LONGEST_RUN
     zeros = xp.zeros((n,), dtype=logits.dtype, device=_xp.device(logits))
     log_left, log_right, kernel, sums = _absorb(xp, logits, zeros)
     left, right = xp.ones_like(zeros), xp.ones_like(zeros)
     iteration, error = 1, float(xp.max(xp.abs(sums - 1.0)))
-    while True:
-        if progress is not None:
-            progress(iteration, error)
-        if error <= tol or iteration >= num_iters or error != error:
-            break
-        next_right = 1.0 / sums
-        if float(xp.max(xp.abs(xp.log(next_right)))) <= _LIMIT:  # false for NaN as well
-            next_left, next_sums = run_pass(kernel, next_right)
-            if float(xp.max(xp.abs(xp.log(next_left)))) <= _LIMIT:
-                left, right, sums = next_left, next_right, next_sums
-                iteration, error = iteration + 1, float(xp.max(xp.abs(sums * right - 1.0)))
-                continue
-        log_left, log_right, kernel, sums = _absorb(xp, logits, log_left + xp.log(left))
-        left, right = xp.ones_like(zeros), xp.ones_like(zeros)
-        iteration, error = iteration + 1, float(xp.max(xp.abs(sums - 1.0)))
+    _tell(progress, iteration, [error])
+    count = 1
+    while error > tol and iteration < num_iters:
+        count = min(count, num_iters - iteration)
+        next_left, next_right, next_sums, errors, largest = run_passes(kernel, sums, count)
+        seen = [float(value) for value in _xp.to_numpy(errors)]
+        if float(largest) <= _LIMIT:  # false for NaN as well
+            needed = next((k for k, value in enumerate(seen, 1) if value <= tol), count)
+            if needed < count:  # the run went past the tolerance: stop where it was reached
+                next_left, next_right, next_sums, errors, _ = run_passes(kernel, sums, needed)
+                seen = [float(value) for value in _xp.to_numpy(errors)]
+            left, right, sums = next_left, next_right, next_sums
+            _tell(progress, iteration + 1, seen)
+            iteration, error = iteration + needed, seen[-1]
+            count = min(2 * count, longest)
+        else:
+            log_left, log_right, kernel, sums = _absorb(xp, logits, log_left + xp.log(left))
+            left, right = xp.ones_like(zeros), xp.ones_like(zeros)
+            iteration, error = iteration + 1, float(xp.max(xp.abs(sums - 1.0)))
+            _tell(progress, iteration, [error])
+            count = 1
     del kernel
     matrix, row_error, column_error = _finish(xp, logits, log_left + xp.log(left), log_right + xp.log(right), store)
     if bool(xp.any(~(logits < xp.inf))):
@@ -217,6 +259,12 @@ def _project_one(
     else:
         status = Status.converged if error <= tol else Status.max_iters_reached
     return matrix, (int(status), iteration, row_error, column_error)
+
+
+def _tell(progress: Progress | None, first: int, errors: list[float]) -> None:
+    if progress is not None:
+        for offset, error in enumerate(errors):
+            progress(first + offset, error)
 
 
 def _absorb(xp: Any, logits: Any, log_left: Any) -> tuple[Any, Any, Any, Any]:

@@ -8,8 +8,10 @@ import torch
 
 import birkhoff
 from birkhoff import large, reference
+from birkhoff._registry import Row, Table
+from birkhoff._xp import array_namespace, device_kind, library_name
 from birkhoff.errors import DtypeError, OptionError, ProjectionError, ShapeError
-from birkhoff.large import PASSES, PassFacts, project_large, scaling_pass
+from birkhoff.large import PASSES, PassFacts, project_large, scaling_passes
 from tests.backends import BACKENDS, Backend, to_numpy
 
 
@@ -71,19 +73,67 @@ def test_blocks_do_not_matter(block_bytes: int, std: float, monkeypatch: pytest.
     np.testing.assert_allclose(result.matrix, expected.matrix, atol=1e-13)
 
 
+def plain_passes(kernel: np.ndarray, sums: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+    errors, extremes = [], []
+    for _ in range(count):
+        right = 1 / sums
+        left = 1 / (kernel @ right)
+        sums = kernel.T @ left
+        errors.append(np.abs(sums * right - 1).max())
+        extremes.append(max(np.abs(np.log(left)).max(), np.abs(np.log(right)).max()))
+    return left, right, sums, np.array(errors), np.array(max(extremes))
+
+
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
-def test_one_pass(backend: Backend) -> None:
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_row_of_the_table(backend: Backend, count: int, dtype: str) -> None:
+    """Whatever implementation the table names for this library and device computes the same passes."""
     rng = np.random.default_rng(0)
-    kernel, right = rng.random((30, 30)), rng.random(30)
-    left, sums = (to_numpy(part) for part in scaling_pass(backend.asarray(kernel), backend.asarray(right)))
-    np.testing.assert_allclose(left, 1 / (kernel @ right), rtol=1e-13)
-    np.testing.assert_allclose(sums, kernel.T @ left, rtol=1e-13)
+    kernel, sums = rng.random((300, 300)).astype(dtype), (1 + rng.random(300)).astype(dtype)
+    arrays = backend.asarray(kernel), backend.asarray(sums)
+    xp = array_namespace(*arrays)
+    for row in PASSES.rows:
+        if row.refuse(PassFacts(library_name(xp), device_kind(arrays[0]), dtype, 300)) is None:
+            results = row.load("passes")(*arrays, count)
+            expected = plain_passes(kernel.astype(np.float64), sums.astype(np.float64), count)
+            for result, value in zip(results, expected, strict=True):
+                found = to_numpy(result) if result.ndim else float(result)
+                np.testing.assert_allclose(found, value, rtol=300 * np.finfo(dtype).eps, atol=1e-5)
+    np.testing.assert_array_equal(to_numpy(arrays[1]), sums)
 
 
-def test_the_table_of_passes_serves_every_library() -> None:
-    for library, device in (("numpy", "cpu"), ("torch", "cuda"), ("cupy", "cuda")):
-        resolution = PASSES.resolve(PassFacts(library, device, "float32", 4096))
-        assert callable(resolution.row.load("pass"))
+def test_the_table_of_passes() -> None:
+    assert PASSES.resolve(PassFacts("numpy", "cpu", "float32", 4096)).row.name == "array"
+    refusals = {
+        refusal.row: refusal.reason for refusal in PASSES.resolve(PassFacts("torch", "cuda", "float64", 9000)).refusals
+    }
+    assert set(refusals) == {"cuda"}
+    assert scaling_passes is PASSES.rows[-1].load("passes")
+
+
+@pytest.mark.parametrize("longest", [1, 2, 7, 16])
+def test_runs_of_passes_do_not_matter(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: several iterations between looks, still stopped where the tolerance is reached."""
+    logits = np.random.default_rng(0).normal(0, 3, (60, 60))
+    expected = project_large(logits, tol=1e-6)
+
+    def in_runs(kernel: np.ndarray, sums: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+        return scaling_passes(kernel, sums, count)
+
+    row = Row(name="runs", targets={"passes": "x:y"}, refuse=lambda facts: None)
+    monkeypatch.setattr(Row, "load", lambda self, role: in_runs)
+    monkeypatch.setattr(large, "PASSES", Table("runs", (row,)))
+    monkeypatch.setattr(large, "_LONGEST_RUN", longest)
+    seen: list[tuple[int, float]] = []
+    result = project_large(logits, tol=1e-6, progress=lambda k, error: seen.append((k, error)))
+    assert result.num_iters == expected.num_iters
+    np.testing.assert_array_equal(result.matrix, expected.matrix)
+    assert [k for k, _ in seen] == list(range(1, int(result.num_iters) + 1))
+    wide = np.random.default_rng(0).normal(0, 300, (60, 60))
+    result = project_large(wide, num_iters=37, tol=1e-300)
+    assert result.num_iters == 37
+    assert np.abs(result.matrix - reference.sinkhorn(wide, 37)).max() < 1e-11
 
 
 def test_zero_patterns() -> None:
