@@ -36,9 +36,8 @@ def _shared_bytes(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) - _OTHER_SHARED_BYTES
 
 
-@functools.lru_cache(maxsize=64)
-def _kernel(n: int, double: bool, device: int) -> tuple[compiler.Kernel, int]:
-    """The kernel for this n, and its threads a block."""
+def flags(n: int, double: bool) -> tuple[tuple[str, ...], int]:
+    """Options that specialise ``large.cu`` for an n, and its threads a block."""
     threads = 512 if n <= 8192 else 1024
     per_access = 16 // (8 if double else 4)
     vector = per_access if n % per_access == 0 else 1
@@ -48,8 +47,14 @@ def _kernel(n: int, double: bool, device: int) -> tuple[compiler.Kernel, int]:
     while group < 8 and 2 * group * columns * (2 if double else 1) <= budget:
         group *= 2
     values = {"DOUBLE": int(double), "THREADS": threads, "COLUMNS": columns, "VECTOR": vector, "GROUP": group}
+    return ("--std=c++17", *(f"-D{name}={value}" for name, value in values.items())), threads
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(n: int, double: bool, device: int) -> tuple[compiler.Kernel, int]:
+    """The kernel for this n, and its threads a block."""
+    options, threads = flags(n, double)
     text = Path(__file__).with_name("large.cu").read_text(encoding="utf-8")
-    options = ("--std=c++17", *(f"-D{name}={value}" for name, value in values.items()))
     return compiler.load(text, options, cooperative=True).function("scaling_passes"), threads
 
 

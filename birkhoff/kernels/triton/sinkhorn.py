@@ -25,7 +25,7 @@ _LANE_BACKWARD = 4
 
 #: Padded n -> (matrices a program, warps, iterations kept in registers by the backward).
 _FORWARD = {1: (128, 4), 2: (128, 4), 4: (128, 4), 8: (8, 1), 16: (2, 1), 32: (1, 1)}
-_BACKWARD = {1: (128, 4, 10), 2: (128, 4, 10), 4: (64, 2, 10), 8: (4, 1, 10), 16: (1, 1, 10), 32: (1, 2, 4)}
+_BACKWARD = {1: (128, 4, 10), 2: (128, 4, 10), 4: (64, 2, 10), 8: (2, 1, 10), 16: (1, 1, 10), 32: (1, 2, 4)}
 
 
 @triton.jit
