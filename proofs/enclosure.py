@@ -44,7 +44,12 @@ def precision(num_iters: int) -> int:
 
 
 def iterate(
-    logits: np.ndarray, num_iters: int, *, first: str = "columns", eps: tuple[float, float] | None = None
+    logits: np.ndarray,
+    num_iters: int,
+    *,
+    first: str = "columns",
+    eps: tuple[float, float] | None = None,
+    extra_bits: int = 0,
 ) -> Balls:
     """Enclose the iterate after `num_iters` iterations on one matrix of floats.
 
@@ -56,6 +61,8 @@ def iterate(
     first : {"columns", "rows"}
     eps : (eps_start, eps_den), optional
         Enclose the damped recurrence instead; the two floats are taken as exact.
+    extra_bits : int
+        Work with this many bits more, for more digits.
 
     Returns
     -------
@@ -66,7 +73,7 @@ def iterate(
         raise ValueError(f"got shape {logits.shape}; give one matrix (n, n) with n <= {_MAX_SIZE}")
     flint = _flint()
     saved = flint.ctx.prec
-    flint.ctx.prec = precision(num_iters)
+    flint.ctx.prec = precision(num_iters) + extra_bits
     try:
         # dividing by the largest entry first is exact in the algebra and keeps exp away from overflow
         top = max((float(v) for v in logits.ravel() if np.isfinite(v)), default=0.0)

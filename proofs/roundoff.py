@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import strategies as st
 
-from proofs import enclosure, strategies
+from proofs import enclosure, strategies, vectors
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
 from proofs.measure import accuracy_allowance, marginal_allowance
 from proofs.subjects import BACKENDS, Subject
@@ -100,6 +101,33 @@ def _contained(subject: Subject, sample: Sample) -> Observation:
     return worst_of(seen)
 
 
+_VECTORS = {case["name"]: case for name in ("iterates_exact", "iterates_decimal") for case in vectors.load(name)}
+
+
+def _vector_samples(subject: Subject) -> st.SearchStrategy[Sample]:
+    """Every stored case that the subject computes, in every dtype of the backend."""
+    dtypes = (*subject.backend.dtypes, *subject.backend.halves)
+    wanted = [
+        Sample(strategies.round_to(vectors.logits_of(case)[None], dtype), dtype, 0, name)
+        for name, case in _VECTORS.items()
+        if ("eps" in case) == (subject.eps is not None)
+        for dtype in dtypes
+        if subject.rebuild is not None or (case["num_iters"], case["first"]) == (subject.num_iters, subject.first)
+    ]
+    return st.sampled_from(wanted)
+
+
+def _replayed(subject: Subject, sample: Sample) -> Observation:
+    case = _VECTORS[sample.note]
+    if not np.array_equal(sample.logits[0], vectors.logits_of(case)):
+        return Observation(0.0, 1.0, 0, "another example than the stored one")
+    run = subject
+    if subject.rebuild is not None:
+        run = subject.rebuild(num_iters=case["num_iters"], first=case["first"])
+    allowed = accuracy_allowance(sample.logits, sample.dtype)[:, None, None]
+    return worst(np.abs(run.matrix(sample) - vectors.matrix_of(case)), allowed, "distance from the stored answer")
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="accuracy_of_the_iteration",
@@ -133,6 +161,20 @@ CLAIMS: tuple[Claim, ...] = (
         check=_contained,
         applies=_enclosed,
         effort=0.5,
+    ),
+    Claim(
+        name="conformance_vectors",
+        family="roundoff",
+        statement="Every entry is within 4 n u max(1, logit range / 16) of the stored answers, which are fractions or "
+        "decimals proven to 60 and 1000 digits.",
+        reference="SPEC 4, 5",
+        domain="67 patterns of zeros and 80 matrices of logits, n <= 8, both orders, 1 to 20 iterations",
+        method="replay of proofs/vectors",
+        provenance="exact",
+        samples=_vector_samples,
+        check=_replayed,
+        applies=_known_iteration,
+        effort=3.0,
     ),
     Claim(
         name="half_is_float32_stored",

@@ -14,7 +14,7 @@ from proofs.runner import Profile
 from proofs.subjects import BACKENDS, solver_subject
 from proofs.systems import Certifier, Decomposer, Layer, Parametrized, Rounder
 
-EFFORT = Profile("test", 12, shrink_budget=20)
+EFFORT = Profile("test", 20, shrink_budget=20)
 NUMPY = BACKENDS["numpy"]
 
 
