@@ -134,15 +134,15 @@ _KERNEL_METHODS = ("knopp", "log", "damped")
 _KERNEL_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def _fused(library: tuple[str, ...], package: str, largest: int) -> Callable[[Facts], str | None]:
-    """The conditions that every fused Sinkhorn kernel has; the rows differ in library, package and largest n."""
+def _fused(library: tuple[str, ...], missing: Callable[[], str | None], largest: int) -> Callable[[Facts], str | None]:
+    """The conditions that every fused Sinkhorn kernel has; the rows differ in library, packages and largest n."""
 
     def refuse(facts: Facts) -> str | None:
         compute = facts.dtype if facts.dtype == "float64" else "float32"
         checks = (
             (facts.library in library, f"serves arrays of {' and '.join(library)}, got {facts.library}"),
             (facts.device == "cuda", f"needs a CUDA device, got {facts.device}"),
-            (installed(package), f"the package {package} is not installed"),
+            (missing() is None, missing() or ""),
             (facts.method in _KERNEL_METHODS, f"has no kernel for the method {facts.method!r}"),
             (not facts.to_tolerance, "runs a fixed number of iterations, and tol was given"),
             (not facts.relaxed, "has no over-relaxation"),
@@ -158,26 +158,35 @@ def _fused(library: tuple[str, ...], package: str, largest: int) -> Callable[[Fa
     return refuse
 
 
+def _no_triton() -> str | None:
+    return None if installed("triton") else "the package triton is not installed"
+
+
+def _no_cuda_compiler() -> str | None:
+    available = load("birkhoff.kernels.cuda.compiler:available")
+    return None if available() else "needs cupy or cuda-bindings to compile CUDA C++"
+
+
 PROJECTIONS: Table[Facts] = Table(
     "projections",
     (
-        Row(
-            name="triton",
-            targets={
-                "forward": "birkhoff.kernels.triton.sinkhorn:sinkhorn_forward",
-                "backward": "birkhoff.kernels.triton.sinkhorn:sinkhorn_backward",
-            },
-            refuse=_fused(("torch",), "triton", 32),
-            note="fused Triton kernel",
-        ),
         Row(
             name="cuda",
             targets={
                 "forward": "birkhoff.kernels.cuda.sinkhorn:sinkhorn_forward",
                 "backward": "birkhoff.kernels.cuda.sinkhorn:sinkhorn_backward",
             },
-            refuse=_fused(("cupy",), "cupy", 32),
+            refuse=_fused(("torch", "cupy"), _no_cuda_compiler, 32),
             note="fused CUDA C++ kernel, compiled at run time",
+        ),
+        Row(
+            name="triton",
+            targets={
+                "forward": "birkhoff.kernels.triton.sinkhorn:sinkhorn_forward",
+                "backward": "birkhoff.kernels.triton.sinkhorn:sinkhorn_backward",
+            },
+            refuse=_fused(("torch",), _no_triton, 32),
+            note="fused Triton kernel",
         ),
         Row(
             name="array",

@@ -49,8 +49,12 @@ def available() -> str | None:
     Returns
     -------
     str or None
-        ``"cupy"``, ``"cuda.bindings"``, or None when neither is installed. Says nothing of a device being present.
+        ``"cupy"``, ``"cuda.bindings"``, or None when neither is installed or torch is a ROCm build. Says nothing of a
+        device being present.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and getattr(torch.version, "hip", None) is not None:
+        return None
     if importlib.util.find_spec("cupy") is not None:
         return "cupy"
     if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None:
