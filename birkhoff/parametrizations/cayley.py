@@ -57,15 +57,15 @@ def orthogonal(xp: Any, theta: Any, n: int) -> Any:
     eye = xp.eye(n, dtype=theta.dtype, device=_xp.device(theta))
     if n == 1:
         return xp.broadcast_to(eye, (*theta.shape[:-1], 1, 1))
-    # Entry (i, j) of S: parameter k with sign + above the diagonal, - below, and a zero on it.
-    index = np.zeros((n, n), dtype=np.int64)
-    upper = np.triu_indices(n, 1)
-    index[upper] = index.T[upper] = np.arange(len(upper[0]))
-    sign = np.sign(np.arange(n)[None, :] - np.arange(n)[:, None]).astype(np.float64)
+    # Entry (i, j) of S: parameter k with sign + above the diagonal, - below, and zero on it.
+    pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
+    number = {pair: k for k, pair in enumerate(pairs)}
+    entries = [(min(i, j), max(i, j)) for i in range(n) for j in range(n)]
+    signs = [float((j > i) - (j < i)) for i in range(n) for j in range(n)]
     where = _xp.device(theta)
-    gathered = xp.take(theta, xp.asarray(index.reshape(-1), device=where), axis=-1)
-    signs = _xp.astype(xp, xp.asarray(sign.reshape(-1), device=where), theta.dtype)
-    skew = xp.reshape(gathered * signs, (*theta.shape[:-1], n, n))
+    index = xp.asarray([number.get(pair, 0) for pair in entries], device=where)
+    sign = xp.asarray(signs, dtype=theta.dtype, device=where)
+    skew = xp.reshape(xp.take(theta, index, axis=-1) * sign, (*theta.shape[:-1], n, n))
     rotation = xp.linalg.solve(eye - skew, eye + skew)
     defect = eye - product(xp, xp.matrix_transpose(rotation), rotation)
     return rotation + 0.5 * product(xp, rotation, defect)

@@ -52,7 +52,7 @@ class Circulant:
         """The circulants of parameters (..., n)."""
         xp, theta = begin(self, parameters, n)
         weights = softmax(xp, theta, -1)
-        shift = (np.arange(n)[None, :] - np.arange(n)[:, None]) % n
-        index = xp.asarray(shift.reshape(-1), device=_xp.device(theta))
+        shifts = [(j - i) % n for i in range(n) for j in range(n)]
+        index = xp.asarray(shifts, device=_xp.device(theta))
         values = xp.reshape(xp.take(weights, index, axis=-1), (*theta.shape[:-1], n, n))
         return _xp.astype(xp, values, parameters.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +15,15 @@ from birkhoff.parametrizations.protocol import Sums, begin, check_order, leading
 __all__ = ["Permutations"]
 
 _LARGEST = 5
+
+
+def _gathered(n: int) -> list[int]:
+    """For each entry (i, j), row by row, the numbers of the permutations that send i to j."""
+    permutations = list(itertools.permutations(range(n)))
+    return [k for i in range(n) for j in range(n) for k, columns in enumerate(permutations) if columns[i] == j]
+
+
+_GATHERED = {n: _gathered(n) for n in range(1, _LARGEST + 1)}
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,6 @@ class Permutations:
         xp, theta = begin(self, parameters, n)
         weights = softmax(xp, theta, -1)
         # Entry (i, j) gathers the (n-1)! permutations that send i to j.
-        index = xp.asarray(_gathering(n), device=_xp.device(theta))
+        index = xp.asarray(_GATHERED[n], device=_xp.device(theta))
         chosen = xp.reshape(xp.take(weights, index, axis=-1), (*theta.shape[:-1], n, n, math.factorial(n - 1)))
         return _xp.astype(xp, xp.sum(chosen, axis=-1), parameters.dtype)
-
-
-@cache
-def _gathering(n: int) -> np.ndarray:
-    permutations = np.array(list(itertools.permutations(range(n))))
-    lists = [np.flatnonzero(permutations[:, i] == j) for i in range(n) for j in range(n)]
-    return np.concatenate(lists)

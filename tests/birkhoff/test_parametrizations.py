@@ -132,6 +132,13 @@ def test_half_precision_and_batches(parametrization: Parametrization) -> None:
 
 
 @pytest.mark.parametrize("parametrization", ALL, ids=name_of)
+def test_traced_without_graph_breaks(parametrization: Parametrization) -> None:
+    parameters = torch.tensor(random_parameters(parametrization, 4, 1.0, 3))
+    traced = torch.compile(lambda p: parametrization.matrix(p, 4), backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(parameters), parametrization.matrix(parameters, 4))
+
+
+@pytest.mark.parametrize("parametrization", ALL, ids=name_of)
 def test_misuse(parametrization: Parametrization) -> None:
     count = parametrization.num_parameters(4)
     with pytest.raises(ShapeError, match=r"num_parameters"):
