@@ -198,7 +198,7 @@ class HyperConnection(KeepsFloat32):
         if self.connection not in ("mhc", "mhc_static", "identity"):
             raise ValueError(f"A site of kind {self.connection!r} has no logits; its maps are free.")
         if self.phi is None:
-            gate, residual = self.bias.tensor_split([2 * self.num_streams])
+            gate, residual = self.bias.clone().tensor_split([2 * self.num_streams])
             return gate.expand(*x.shape[:-2], -1), residual.expand(*x.shape[:-2], -1)
         return functional.site_logits(x, self, self.convention)
 
@@ -346,7 +346,7 @@ def _dynamic_hc_maps(site: HyperConnection, x: Tensor) -> Maps:
 
 def _static_hc_maps(site: HyperConnection, x: Tensor) -> Maps:
     n = site.num_streams
-    pre, post, res = site.bias.split([n, n, n * n])
+    pre, post, res = site.bias.clone().split([n, n, n * n])  # a copy: what is captured must not change with the bias
     return _expanded(pre, post, res.view(n, n), x)
 
 

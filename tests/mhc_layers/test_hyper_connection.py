@@ -379,6 +379,11 @@ def test_capture(connection):
     assert [record.h_res.shape for record in captured] == [(5, 4, 4)] * 3
     model(streams(7))  # outside the context nothing is recorded
     assert captured[0].h_pre.shape == (5, 4)
+    with torch.no_grad():
+        kept = [h.clone() for h in captured[1]]
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, captured[1], strict=True))  # not views of the parameters
 
 
 @pytest.mark.parametrize("connection", ["mhc", "hc"])
