@@ -230,7 +230,8 @@ class Boundary(Function):
             dx, *dnext, dprevious = pre_backward_composite(
                 gu, g, dcoef, x_next, next_params, previous, ctx.next_options
             )
-            dx = dx if gx is None else gx if dx is None else dx + gx
+            terms = [term for term in (dx, gx) if term is not None]
+            dx = torch.stack(terms).sum(0) if terms else torch.zeros_like(x_next)
             df, before_dcoef = post_backward_composite(dx, x, f, params, ctx.options)
             if dprevious is not None:
                 before_dcoef = torch.cat([dprevious, before_dcoef[..., x.shape[-2] :]], -1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -117,6 +117,14 @@ LEAVES: dict[str, Table[LeafFacts]] = {
 ``streams_backward_chained`` do the work of two leaves in one pass and have no plain row."""
 
 
+@overload
+def leaf(
+    name: str, x: Tensor, *, required: Literal[True] = True, optional: tuple[Tensor | None, ...] = ()
+) -> Callable[..., Any]: ...
+@overload
+def leaf(
+    name: str, x: Tensor, *, required: Literal[False], optional: tuple[Tensor | None, ...] = ()
+) -> Callable[..., Any] | None: ...
 def leaf(
     name: str, x: Tensor, *, required: bool = True, optional: tuple[Tensor | None, ...] = ()
 ) -> Callable[..., Any] | None:
