@@ -53,7 +53,7 @@ def run_to_tolerance(
         if trace is None:
             matrix, counts = _layout.map_pieces(piece, xp, (logits,), accumulate, branch=branch)
         else:
-            method = solver.wide() if hasattr(solver, "wide") else solver
+            method = _layout.any_range(solver)
             matrix, counts = iterate(method, _layout.frame_for(xp, accumulate, branch=branch), logits)
     return matrix, xp.reshape(counts, (-1,))
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from birkhoff import _math, _xp
 
-__all__ = ["Frame", "frame_for", "map_pieces", "split_by_range"]
+__all__ = ["Frame", "any_range", "frame_for", "map_pieces", "split_by_range"]
 
 _PIECE_BYTES = 3 << 17  # of one stack of matrices, in float32; a step touches about four
 _SMALL_ORDER = 32
@@ -132,28 +132,47 @@ def _batch_last(xp: Any, stack: Any) -> Any:
     return xp.reshape(xp.reshape(moved, (-1,)), moved.shape)
 
 
+def any_range(solver: Any) -> Any:
+    """The solver itself, or, where its own arithmetic is limited, the one that computes the same for every range."""
+    return solver.arithmetics("float64")[-1][1] if hasattr(solver, "arithmetics") else solver
+
+
 def split_by_range(
     solver: Any, frame: Frame, stacks: tuple[Any, ...], function: Callable[..., tuple[Any, ...]]
 ) -> tuple[Any, ...]:
-    """``function(method, frame, *stacks)`` with each matrix treated by the method its logit range allows.
+    """``function(method, frame, *stacks)`` with each matrix treated by the arithmetic its logit range allows.
 
-    ``stacks[0]`` are the logits. A solver without ``wide`` is good for every range. The choice for a matrix depends on
-    that matrix alone, so a batch gives the same bits as its parts.
+    ``stacks[0]`` are the logits. A solver without ``arithmetics`` is good for every range. The choice for a matrix
+    depends on that matrix alone, so a batch gives what its parts give.
     """
-    if not hasattr(solver, "wide"):
-        return function(solver, frame, *stacks)
-    if not frame.branch:
-        return function(solver.wide(), frame, *stacks)
+    if not (hasattr(solver, "arithmetics") and frame.branch):
+        return function(any_range(solver), frame, *stacks)
     xp, logits = frame.xp, stacks[0]
     span = xp.max(logits, axis=(frame.i, frame.j)) - xp.min(logits, axis=(frame.i, frame.j))
-    linear = span <= solver.linear_range(_xp.dtype_name(logits.dtype))  # false for NaN and for -inf
-    if bool(xp.all(linear)):
-        return function(solver, frame, *stacks)
-    if not bool(xp.any(linear)):
-        return function(solver.wide(), frame, *stacks)
-    (narrow,), (wide,) = xp.nonzero(linear), xp.nonzero(xp.logical_not(linear))
-    parts = [
-        function(method, frame, *(frame.take(stack, chosen) for stack in stacks))
-        for method, chosen in ((solver, narrow), (solver.wide(), wide))
-    ]
-    return frame.gather(parts, (narrow, wide))
+    doubles = _math.accumulate_dtype(xp, logits) == xp.float64
+    rest = xp.ones_like(span, dtype=xp.bool)
+    parts: list[tuple[Any, ...]] = []
+    positions: list[Any] = []
+    for limit, method, name in solver.arithmetics(_xp.dtype_name(logits.dtype)):
+        if name == "float64" and not doubles:
+            continue
+        chosen = rest if limit is None else xp.logical_and(rest, span <= limit)  # false for NaN and for -inf
+        if not bool(xp.any(chosen)):
+            continue
+        dtype = _xp.dtype_of(xp, name)
+        own = frame if dtype == logits.dtype else replace(frame, accumulate=dtype)
+        rest = xp.logical_and(rest, xp.logical_not(chosen))
+        if not parts and not bool(xp.any(rest)):
+            return _cast(xp, function(method, own, *_cast(xp, stacks, dtype)), logits.dtype)
+        (where,) = xp.nonzero(chosen)
+        taken = _cast(xp, tuple(frame.take(stack, where) for stack in stacks), dtype)
+        parts.append(_cast(xp, function(method, own, *taken), logits.dtype))
+        positions.append(where)
+        if not bool(xp.any(rest)):
+            break
+    return frame.gather(parts, positions)
+
+
+def _cast(xp: Any, arrays: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
+    """Floating arrays in ``dtype``; counts stay as they are."""
+    return tuple(_xp.astype(xp, array, dtype) if _xp.is_floating(array.dtype) else array for array in arrays)

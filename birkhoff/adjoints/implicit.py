@@ -113,7 +113,7 @@ def implicit_vjp(matrix: Any, direction: Any, solver: Any, frame: _layout.Frame)
 
 def _solution(solver: Any, stack: Any, frame: _layout.Frame) -> Any:
     """The solver's matrix after all its iterations, or earlier if the whole stack is within its target."""
-    method = solver.wide() if hasattr(solver, "wide") else solver
+    method = _layout.any_range(solver)
     state = method.init(stack, frame)
     for _ in range(method.num_iters):
         if (

@@ -115,14 +115,14 @@ def unrolled_vjp(logits: Any, grad_matrix: Any, solver: Any, *, xp: Any, accumul
 
 def unrolled_matrix(logits: Any, solver: Any, *, xp: Any, accumulate: Any) -> Any:
     """The matrix itself, in differentiable array calls without any branch."""
-    tape = list(_any_range(solver).trajectory(logits, _layout.frame_for(xp, accumulate)))
+    tape = list(_layout.any_range(solver).trajectory(logits, _layout.frame_for(xp, accumulate)))
     return tape[-1][0]
 
 
 def unrolled_jvp(logits: Any, tangent: Any, solver: Any, *, xp: Any, accumulate: Any) -> Any:
     r"""Tangent of the matrix: :math:`\dot L \leftarrow \dot L - \omega \sum P \circ \dot L` forwards, then
     :math:`\dot P = P \circ \dot L`. Made of differentiable array calls without any branch."""
-    frame, method = _layout.frame_for(xp, accumulate), _any_range(solver)
+    frame, method = _layout.frame_for(xp, accumulate), _layout.any_range(solver)
     moved, matrix = method.push_start(logits, tangent, frame), None
     for matrix, axis, weight in method.trajectory(logits, frame):
         moved = moved - _weighted(weight, frame.sum(matrix * moved, axis))
@@ -142,7 +142,7 @@ def unrolled_vjp_tangent(
     Symmetric second derivatives make it the gradient of ``<grad_matrix, jvp(tangent)>`` too, which double backward
     uses.
     """
-    frame, method = _layout.frame_for(xp, accumulate), _any_range(solver)
+    frame, method = _layout.frame_for(xp, accumulate), _layout.any_range(solver)
     moved, tape = method.push_start(logits, tangent, frame), []
     for matrix, axis, weight in method.trajectory(logits, frame):
         # The normalised matrix moves with weight one, the relaxed iterate with its weight.
@@ -161,7 +161,3 @@ def unrolled_vjp_tangent(
 
 def _weighted(weight: float, array: Any) -> Any:
     return array if weight == 1.0 else weight * array
-
-
-def _any_range(solver: Any) -> Any:
-    return solver.wide() if hasattr(solver, "wide") else solver

@@ -4,8 +4,9 @@ r"""Sinkhorn-Knopp on probabilities: two scaling vectors, one multiplication per
           \operatorname{diag}(v)
 
 with the maximum taken over each column (exact for columns first). The matrix K is never rewritten, so rounding does not
-pile up in it. Linear arithmetic is safe while the logit range R satisfies :math:`2R + \log n < \log` of the largest
-number; a matrix beyond that, or with exact zeros, is handed to :class:`SinkhornLog`, which computes the same iteration.
+pile up in it. Within the logit range R the scalings stay below :math:`n e^{2R}`; if w is rescaled to a largest entry of
+one, both stay below :math:`n e^R`. From this follow the ranges for which linear arithmetic is safe, listed below; a
+matrix beyond them, or with exact zeros, is handed to :class:`SinkhornLog`, which computes the same iteration.
 Derivation: ``docs/derivations/sinkhorn_knopp``.
 """
 
@@ -22,7 +23,8 @@ from birkhoff.solvers.sinkhorn_log import SinkhornLog
 
 __all__ = ["SinkhornKnopp"]
 
-_LINEAR_RANGE = {"float32": 40.0, "float64": 340.0}
+_PLAIN = {"float32": 40.0, "float64": 340.0}  # 2 R + log n below the log of the largest number
+_RESCALED = {"float32": 80.0, "float64": 680.0}  # R + log n below it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class SinkhornKnopp:
     Notes
     -----
     Computes the iteration (R4) of :mod:`birkhoff.reference` within ``4 n u max(1, range / 16)`` for every finite input:
-    matrices whose range is too wide for linear arithmetic are computed in the log domain. Where reading the range
-    would stall a device, all are.
+    matrices whose range is too wide for linear arithmetic in float32 are computed in float64, or in the log domain.
+    Where reading the range would stall a device, all are computed in the log domain.
 
     Examples
     --------
@@ -68,13 +70,14 @@ class SinkhornKnopp:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def linear_range(self, dtype_name: str) -> float:
-        """Largest logit range for which the linear arithmetic of this file is safe."""
-        return _LINEAR_RANGE[dtype_name]
-
-    def wide(self) -> SinkhornLog:
-        """The solver that computes the same iteration for any range."""
-        return SinkhornLog(num_iters=self.num_iters, tol=self.tol, first=self.first, range_cap=self.range_cap)
+    def arithmetics(self, dtype_name: str) -> tuple[tuple[float | None, Any, str], ...]:
+        """Largest logit range, solver and dtype of each arithmetic, cheapest first; the last serves every range."""
+        log = SinkhornLog(num_iters=self.num_iters, tol=self.tol, first=self.first, range_cap=self.range_cap)
+        rescaled = _Rescaled(num_iters=self.num_iters, tol=self.tol, first=self.first, range_cap=self.range_cap)
+        table = [(_PLAIN[dtype_name], self, dtype_name), (_RESCALED[dtype_name], rescaled, dtype_name)]
+        if dtype_name == "float32":  # double precision costs less than logarithms
+            table.append((_PLAIN["float64"], self, "float64"))
+        return (*table, (None, log, dtype_name))
 
     def init(self, logits: Any, frame: Frame) -> tuple[Any, ...]:
         """The kernel K, and both scalings one."""
@@ -118,3 +121,20 @@ class SinkhornKnopp:
     def push_start(self, logits: Any, tangent: Any, frame: Frame) -> Any:
         """Through the cap; the subtracted maximum changes nothing."""
         return push_cap(logits, tangent, self.range_cap, frame.order(self.first)[0], frame)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rescaled(SinkhornKnopp):
+    """The same with w rescaled to a largest entry of one: safe for twice the range, at a seventh more time."""
+
+    def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
+        """Both scalings anew."""
+        kernel, _, w = state
+        first, last = frame.order(self.first)
+        v = 1.0 / frame.sum(kernel * w, first)
+        sums = frame.sum(kernel * v, last)
+        return kernel, v, frame.xp.min(sums, axis=first, keepdims=True) / sums
+
+    def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
+        """In the log domain: here every iterate is written out, and its small entries would underflow."""
+        return self.arithmetics("float64")[-1][1].trajectory(logits, frame)

@@ -1,0 +1,27 @@
+"""``python -m benchmarks projection|layer|training``: correctness first, then times, as ratios to floors and peers."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+SUBJECTS = {
+    "projection": "a stack of matrices, projected: NumPy, torch, CuPy, and every peer that is installed (CPU or GPU)",
+    "layer": "one mHC site, everything but its sublayer (GPU)",
+    "training": "a training step of a whole model (GPU)",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Hand the arguments to the subject's own command line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] not in SUBJECTS:
+        print(f"usage: python -m benchmarks {{{','.join(SUBJECTS)}}} [--help]\n", file=sys.stderr)
+        for name, what in SUBJECTS.items():
+            print(f"  {name:<11} {what}", file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    return int(importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
