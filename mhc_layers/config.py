@@ -61,6 +61,7 @@ class TransformerConfig:
 
     Examples
     --------
+    >>> from mhc_layers import TransformerConfig
     >>> config = TransformerConfig(vocab_size=256, dim=64, num_layers=2, num_heads=4)
     >>> config.hidden_dim, config.num_kv_heads, config.head_dim
     (192, 4, 16)

@@ -189,6 +189,7 @@ def get_convention(convention: Convention | str) -> Convention:
 
     Examples
     --------
+    >>> from mhc_layers import get_convention
     >>> get_convention("deepseek_v4").transposed
     True
     """

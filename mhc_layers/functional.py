@@ -158,6 +158,7 @@ def coefficients(x: Tensor, params: SiteParameters, convention: Convention = PAP
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers.functional import Parameters, coefficients
     >>> n, C = 2, 4
     >>> params = Parameters(torch.zeros(8, 8), torch.zeros(8), *torch.full((3,), 0.01).unbind())
     >>> h_pre, h_post, h_res = coefficients(torch.ones(n, C), params)
@@ -234,6 +235,7 @@ def expand_streams(e: Tensor, num_streams: int) -> Tensor:
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers import expand_streams
     >>> expand_streams(torch.ones(2, 8), 4).shape
     torch.Size([2, 4, 8])
     """
@@ -257,6 +259,7 @@ def collapse_streams(x: Tensor, weights: Tensor | None = None, *, reduce: str = 
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers import collapse_streams, expand_streams
     >>> collapse_streams(expand_streams(torch.full((3,), 2.0), 4))
     tensor([2., 2., 2.])
     """

@@ -37,7 +37,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, 
     Examples
     --------
     >>> from torch import nn
-    >>> from mhc_layers import HyperConnection
+    >>> from mhc_layers import HyperConnection, param_groups
     >>> site = HyperConnection(8, 4, nn.Linear(8, 8))
     >>> {group["name"]: len(group["params"]) for group in param_groups(site)}
     {'matrices': 1, 'phi': 1, 'vectors': 1, 'connections': 4}

@@ -123,6 +123,7 @@ def convert_layout(
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers.hub import DEEPSEEK, PAPER_LAYOUT, convert_layout
     >>> phi, bias = convert_layout(torch.randn(24, 32), torch.randn(24), 4, DEEPSEEK, PAPER_LAYOUT)
     >>> phi.shape
     torch.Size([32, 24])
@@ -245,6 +246,8 @@ def connection_tensors(model: Transformer, naming: str = "deepseek") -> dict[str
 
     Examples
     --------
+    >>> from mhc_layers import Transformer, TransformerConfig
+    >>> from mhc_layers.hub import connection_tensors
     >>> config = TransformerConfig(vocab_size=16, dim=8, num_layers=1, num_heads=2, convention="deepseek_v4")
     >>> sorted(connection_tensors(Transformer(config)))[:3]
     ['hc_head_base', 'hc_head_fn', 'hc_head_scale']

@@ -236,6 +236,7 @@ class HyperConnection(KeepsFloat32):
         Examples
         --------
         >>> import torch
+        >>> from mhc_layers import HyperConnection
         >>> site = HyperConnection(dim=8, num_streams=4)
         >>> h_pre, h_post, h_res = site.coefficients(torch.randn(2, 4, 8))
         >>> torch.allclose(h_res.sum(-1), torch.ones(2, 4))
@@ -445,6 +446,7 @@ def capture_coefficients(model: nn.Module) -> Iterator[CapturedCoefficients]:
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers import HyperConnection, capture_coefficients
     >>> site = HyperConnection(dim=8, num_streams=4, sublayer=torch.nn.Identity())
     >>> with capture_coefficients(site) as captured:
     ...     _ = site(torch.randn(3, 4, 8))

@@ -37,6 +37,7 @@ class Init:
 
     Examples
     --------
+    >>> from mhc_layers.initialization import get_init
     >>> get_init("prenorm").read_weights(num_streams=4, index=5)
     [0.16666666666666666, 0.5, 0.16666666666666666, 0.16666666666666666]
     """
@@ -102,6 +103,7 @@ def get_init(init: Init | str) -> Init:
 
     Examples
     --------
+    >>> from mhc_layers.initialization import get_init
     >>> get_init("hc_like").off_diagonal
     -8.0
     """

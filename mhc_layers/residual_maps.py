@@ -41,6 +41,7 @@ class Free:
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers.residual_maps import Free
     >>> Free().matrix(torch.tensor([1.0, 2.0, 3.0, 4.0]), 2)
     tensor([[1., 2.],
             [3., 4.]])
@@ -68,6 +69,7 @@ class Tanh:
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers.residual_maps import Tanh
     >>> Tanh().matrix(torch.zeros(4), 2)
     tensor([[1., 0.],
             [0., 1.]])
@@ -146,6 +148,7 @@ def get_res_map(res_map: Any) -> ResidualMap | None:
 
     Examples
     --------
+    >>> from mhc_layers.residual_maps import get_res_map
     >>> get_res_map("Permutations").num_parameters(4)
     24
     """

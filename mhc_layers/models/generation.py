@@ -51,6 +51,7 @@ def sample(
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers.models.generation import sample
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0.0)
     tensor([1])
     """

@@ -38,7 +38,7 @@ def functional_site(x, f, params, convention):
     return functional.read(x, h_pre), functional.write(x, f, h_res, h_post)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 5])
+@pytest.mark.parametrize("n", [1, 2, 4, 9])
 @pytest.mark.parametrize("convention", ALL.values(), ids=ALL)
 def test_values_and_gradients_equal_the_reference(n, convention):
     x, params, f = make(n=n)
