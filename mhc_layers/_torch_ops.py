@@ -33,7 +33,7 @@ from mhc_layers.kernels.table import leaf
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
 
-__all__ = ["FusedSite", "fused_site", "split_coefficients"]
+__all__ = ["FusedSite", "first_stream", "fused_site", "split_coefficients"]
 
 
 def split_coefficients(coef: Tensor, num_streams: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,7 +340,7 @@ class FusedSite:
         if not self.convention.read_delay:
             previous = None
         elif previous is None:
-            previous = _first_stream(x)
+            previous = first_stream(x)
         if _forward_mode():
             u, coef, proj, rstd = pre_composite(x, params, previous, options)
             return u, FusedState(coef, x, proj, rstd, params, options)
@@ -371,7 +371,7 @@ def _forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def _first_stream(x: Tensor) -> Tensor:
+def first_stream(x: Tensor) -> Tensor:
     """A delayed read has nothing before the first site: it reads stream 0."""
     weights = torch.zeros(x.shape[-2], dtype=_coefficient_dtype(x), device=x.device)
     weights[0] = 1.0

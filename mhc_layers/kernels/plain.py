@@ -18,6 +18,7 @@ __all__ = [
     "project",
     "read_backward",
     "read_forward",
+    "recompute_block",
     "reduce_slabs",
     "residual_map",
     "residual_map_backward",
@@ -207,6 +208,18 @@ def streams_backward(
     if gu is not None:
         dx = dx + mix[:, :, n, None] * gu.reshape(-1, 1, gu.shape[-1]).to(mix.dtype)
     return dx.to(x.dtype).view_as(x), (dz.mT @ wide.flatten(1)).unsqueeze(0)
+
+
+def recompute_block(
+    x: Tensor, fs: list[Tensor], coefs: list[Tensor], reads: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Streams that entered every site of a block but the first, and the inputs of all its sublayers."""
+    xs, us = [], [read_forward(x, reads[0])]
+    for f, coef, read in zip(fs, coefs, reads[1:], strict=True):
+        x = write_forward(x, f, coef)
+        xs.append(x)
+        us.append(read_forward(x, read))
+    return xs, us
 
 
 def reduce_slabs(dphi_slabs: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mhc_layers._recompute import StreamRebuilder
 from mhc_layers.hyper_connection import HyperConnection
 from mhc_layers.models.transformer import StepContext, Transformer, WalkState
 
@@ -197,6 +198,9 @@ class _Block:
         self.num_saved = 0
         self.waiting = 0
         self.saved: dict[int, Tensor] = {}
+        # fused sites need no second run: one kernel rebuilds the streams from the kept coefficients
+        fused = StreamRebuilder.serves(sites, state.x)
+        self.rebuilder = StreamRebuilder(sites, self.x, self.h_pre) if fused else None
         self.inputs: list[Tensor] = []
         device = state.x.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -226,6 +230,8 @@ class _Block:
         """Run the connections of the block around ``sublayer(index, u)``."""
         u, state = self.sites[0].pre(x, h_pre)
         for index, site in enumerate(self.sites):
+            if self.rebuilder is not None:
+                self.rebuilder.see(state)
             f = sublayer(index, u)
             if index + 1 < len(self.sites):
                 x, u, state = site.boundary(x, f, state, self.sites[index + 1])
@@ -233,15 +239,23 @@ class _Block:
                 x = site.post(x, f, state)
         return x, state.h_pre
 
-    def _pack(self, tensor: Tensor) -> int:
+    def _pack(self, tensor: Tensor) -> int | Tensor:
+        if self.rebuilder is not None:
+            number = self.rebuilder.number(tensor)
+            if number is None:
+                return tensor
+            self.waiting += 1
+            return number
         self.num_saved += 1
         self.waiting += 1
         return self.num_saved - 1
 
-    def _unpack(self, number: int) -> Tensor:
+    def _unpack(self, number: int | Tensor) -> Tensor:
+        if isinstance(number, Tensor):
+            return number
         if number not in self.saved:
             self._rebuild()
-        tensor = self.saved.pop(number)
+        tensor = self.saved.pop(number) if self.rebuilder is None else self.saved[number]
         self._taken()
         return tensor
 
@@ -261,6 +275,10 @@ class _Block:
             self.inputs.clear()
 
     def _rebuild(self) -> None:
+        if self.rebuilder is not None:
+            streams, self.inputs = self.rebuilder.rebuild(self.outputs)
+            self.saved = dict(enumerate(streams))
+            return
         saved: list[Tensor] = []
         inputs: list[Tensor] = []
 

@@ -72,9 +72,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compile a recorded launch for ``sm_<capability>``."""
-    signature: dict[str, str] = {}
+    signature: dict[str, str | tuple[str, ...]] = {}
     constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
         if parameter.is_constexpr:
@@ -82,6 +82,9 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTER[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[name] = tuple(_POINTER[item.dtype] for item in value)
+            attributes.update({(index, place): [["tt.divisibility", 16]] for place in range(len(value))})
         elif isinstance(value, int):
             signature[name] = "i32"
             if value % 16 == 0 and name not in (launch.kernel.do_not_specialize or ()):

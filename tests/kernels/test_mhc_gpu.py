@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import mhc_layers._recompute  # noqa: F401 - registers an operator
 from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection
 from mhc_layers._fused_state import FusedState
 from mhc_layers.kernels.table import leaf, restricted_to
@@ -134,6 +135,20 @@ def test_kept_memory_is_a_hundred_bytes_a_token() -> None:
     del state
     kept = torch.cuda.memory_allocated() - before - u.nbytes - out.nbytes
     assert kept <= 100 * tokens + 4096
+
+
+@pytest.mark.parametrize(("n", "c", "sites"), [(4, 512, 5), (3, 100, 1), (8, 64, 3)])
+def test_a_block_is_rebuilt_to_the_bit(n: int, c: int, sites: int) -> None:
+    x = torch.randn(70, n, c, device="cuda", dtype=torch.bfloat16)
+    fs = [torch.randn(70, c, device="cuda", dtype=torch.bfloat16) for _ in range(sites - 1)]
+    coefs = [torch.rand(70, n * (n + 2), device="cuda") for _ in range(sites)]
+    xs, us = torch.ops.mhc_layers.recompute_block(x, fs, coefs[:-1], coefs)
+    assert len(xs) == sites - 1
+    for index in range(sites):
+        assert torch.equal(us[index], leaf("read_forward", x)(x, coefs[index]))
+        if index + 1 < sites:
+            x = leaf("write_forward", x)(x, fs[index], coefs[index])
+            assert torch.equal(xs[index], x)
 
 
 @pytest.mark.slow

@@ -131,6 +131,17 @@ def test_wide_logits_stay_finite(std: float) -> None:
     torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n", "sites"), [(4, 3), (3, 1)])
+def test_a_block_is_rebuilt(n: int, sites: int) -> None:
+    x, fs = torch.randn(7, n, 20), [torch.randn(7, 20) for _ in range(sites - 1)]
+    coefs = [torch.rand(7, n * (n + 2)) for _ in range(sites)]
+    ours = triton_leaf("recompute_block")(x, fs, coefs[:-1], coefs)
+    exact = plain.recompute_block(x, fs, coefs[:-1], coefs)
+    for kind in (0, 1):
+        for rebuilt, expected in zip(ours[kind], exact[kind], strict=True):
+            torch.testing.assert_close(rebuilt, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_table_prefers_triton_here() -> None:
     chosen = explain(torch.zeros(1, 4, 8))
     plain_leaves = {"boundary_forward", "boundary_read_forward", "streams_backward_chained"}
