@@ -81,6 +81,11 @@ def stack_to_tolerance(
     logits: Any, solver: Any, precision: Precision, trace: _iterate.Trace | None = None, *, branch: bool
 ) -> tuple[Any, Any]:
     """Project a stack until each matrix is within ``solver.tol``; also the iterations that each took."""
+    resolution = resolve(logits, solver, precision)
+    if trace is None and "to_tolerance" in resolution.row.targets:
+        options = {name: getattr(solver, name) for name in ("num_iters", "tol", "first", "range_cap")}
+        matrix, counts = resolution.row.load("to_tolerance")(_contiguous(logits), **options)
+        return matrix, counts
     xp, compute, accumulate, store = _dtypes(logits, precision)
     matrix, counts = _iterate.run_to_tolerance(
         solver, _xp.astype(xp, logits, compute), xp=xp, accumulate=accumulate, branch=branch, trace=trace
@@ -131,7 +136,8 @@ def explain(logits: Any, solver: Any, *, precision: Precision = DEFAULT) -> Reso
     >>> import numpy as np, birkhoff
     >>> print(birkhoff.explain(np.zeros((4, 4)), birkhoff.solvers.SinkhornKnopp()))
     chosen: array (standard array calls)
+    refused: cuda: serves arrays of torch and cupy, got numpy
     refused: triton: serves arrays of torch, got numpy
-    refused: cuda: serves arrays of cupy, got numpy
+    refused: triton-newton: serves arrays of torch, got numpy
     """
     return resolve(logits, solver, precision)

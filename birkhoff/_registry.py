@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -130,32 +130,36 @@ class Facts:
     relaxed: bool = False
 
 
-_KERNEL_METHODS = ("knopp", "log", "damped")
+_SINKHORN = ("knopp", "log", "damped")
 _KERNEL_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def _fused(library: tuple[str, ...], missing: Callable[[], str | None], largest: int) -> Callable[[Facts], str | None]:
-    """The conditions that every fused Sinkhorn kernel has; the rows differ in library, packages and largest n."""
+def _fused(
+    libraries: tuple[str, ...], missing: Callable[[], str | None], largest: int, *, methods: tuple[str, ...] = _SINKHORN
+) -> Callable[[Facts], str | None]:
+    """The conditions that every fused kernel has; the rows differ in libraries, packages, methods and largest n."""
 
-    def refuse(facts: Facts) -> str | None:
+    def reasons(facts: Facts) -> Iterator[str | None]:  # packages are looked for after what costs nothing to know
         compute = facts.dtype if facts.dtype == "float64" else "float32"
-        checks = (
-            (facts.library in library, f"serves arrays of {' and '.join(library)}, got {facts.library}"),
-            (facts.device == "cuda", f"needs a CUDA device, got {facts.device}"),
-            (missing() is None, missing() or ""),
-            (facts.method in _KERNEL_METHODS, f"has no kernel for the method {facts.method!r}"),
-            (not facts.to_tolerance, "runs a fixed number of iterations, and tol was given"),
-            (not facts.relaxed, "has no over-relaxation"),
-            (facts.dtype in _KERNEL_DTYPES, f"has no kernel for {facts.dtype}"),
-            (1 <= facts.n <= largest, f"keeps a matrix in registers up to n = {largest}, got n = {facts.n}"),
-            (
-                facts.precision == (compute, compute, facts.dtype),
-                f"computes and sums in {compute} and stores {facts.dtype}; other precisions were asked for",
-            ),
-        )
-        return next((reason for holds, reason in checks if not holds), None)
+        if facts.library not in libraries:
+            yield f"serves arrays of {' and '.join(libraries)}, got {facts.library}"
+        if facts.device != "cuda":
+            yield f"needs a CUDA device, got {facts.device}"
+        if facts.method not in methods:
+            yield f"has no kernel for the method {facts.method!r}"
+        if facts.to_tolerance and methods is _SINKHORN:
+            yield "runs a fixed number of iterations, and tol was given"
+        if facts.relaxed:
+            yield "has no over-relaxation"
+        if facts.dtype not in _KERNEL_DTYPES:
+            yield f"has no kernel for {facts.dtype}"
+        if not 1 <= facts.n <= largest:
+            yield f"keeps a matrix in registers up to n = {largest}, got n = {facts.n}"
+        if facts.precision != (compute, compute, facts.dtype):
+            yield f"computes and sums in {compute} and stores {facts.dtype}; other precisions were asked for"
+        yield missing()
 
-    return refuse
+    return lambda facts: next(reasons(facts))
 
 
 def _no_triton() -> str | None:
@@ -187,6 +191,12 @@ PROJECTIONS: Table[Facts] = Table(
             },
             refuse=_fused(("torch",), _no_triton, 32),
             note="fused Triton kernel",
+        ),
+        Row(
+            name="triton-newton",
+            targets={"to_tolerance": "birkhoff.kernels.triton.newton:newton_forward"},
+            refuse=_fused(("torch",), _no_triton, 8, methods=("newton",)),
+            note="fused Triton kernel, each matrix to its tolerance",
         ),
         Row(
             name="array",

@@ -281,10 +281,11 @@ def _solve(stack: Tensor, solver: Any, precision: Precision) -> tuple[Tensor, Te
         raise NotImplementedError(
             f"{type(solver).__name__}: forward mode inside forward mode is not supported; use reverse over forward"
         )
-    # The derivative is evaluated at the matrix, so it is kept unrounded; the last cast is differentiated by torch.
+    # The derivative is evaluated at the matrix, so it is kept unrounded; torch differentiates the casts around it.
     settled = precision.resolve(stack.dtype)
-    plan = _plan(stack, solver, replace(settled, store=settled.compute))
-    matrix, counts = _pick(_Solved, _SolvedForwardMode).apply(stack, plan)
+    unrounded = stack.to(getattr(torch, str(settled.compute)))
+    plan = _plan(unrounded, solver, replace(settled, store=settled.compute))
+    matrix, counts = _pick(_Solved, _SolvedForwardMode).apply(unrounded, plan)
     return matrix.to(_stored(stack, precision)), counts
 
 
