@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--last", choices=("rows", "columns"), default="rows", help="the side it normalises last")
     target.add_argument("--num-iters", type=int, metavar="K", help="compare it with K exact iterations as well")
     target.add_argument("--backend", choices=tuple(subjects.BACKENDS), help="arrays to use (default: all, or numpy)")
+    target.add_argument("--dtype", action="append", metavar="NAME", help="only these dtypes, with --projection")
     target.add_argument("--solver", action="append", metavar="NAME", help="only these solvers of birkhoff.solvers")
     target.add_argument("--claim", action="append", metavar="NAME", help="only these claims, or families of claims")
     effort = parser.add_argument_group("how hard")
@@ -57,6 +58,7 @@ def _subjects(options: argparse.Namespace) -> list[Any]:
             last=options.last,
             backend_name=options.backend or "numpy",
             num_iters=options.num_iters,
+            dtypes=options.dtype,
         )
         return [one]
     names = [options.backend] if options.backend else subjects.installed_backends()

@@ -73,13 +73,14 @@ def _batch_shapes(subject: Subject, sample: Sample) -> Observation:
     size = sample.logits.shape[-1]
     plain = subject.matrix(sample)
     seen = []
-    for shape in ((2, 3), (1, 6), (3, 1, 2)):
-        folded = sample.with_logits(sample.logits[:6].reshape(*shape, size, size))
+    for batch in ((2, 3), (1, 6), (3, 1, 2)):
+        folded = sample.with_logits(sample.logits[:6].reshape(*batch, size, size))
         difference = np.abs(subject.matrix(folded).reshape(6, size, size) - plain[:6])
-        seen.append(worst(difference, _twice(subject, sample)[:6], f"batch shape {shape}"))
+        seen.append(worst(difference, _twice(subject, sample)[:6], f"batch shape {batch}"))
     single = subject.matrix(sample.with_logits(sample.logits[0]))
     seen.append(worst(np.abs(single - plain[0])[None], _twice(subject, sample)[:1], "no batch axis"))
-    for shape in ((0, size, size), (2, 0, size, size)):
+    for none in ((0,), (2, 0)):
+        shape = (*none, size, size)
         empty = subject.matrix(sample.with_logits(np.zeros(shape, dtype=sample.logits.dtype)))
         seen.append(
             Observation(0.0 if empty.shape == shape else 2.0, 1.0, 0, f"empty batch {shape} became {empty.shape}")

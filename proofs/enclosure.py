@@ -102,7 +102,7 @@ def _exp(flint: Any, value: float, top: float) -> Any:
 def _divide_rows(matrix: Balls, eps: Any) -> Balls:
     out = []
     for row in matrix:
-        total = sum(row[1:], row[0])
+        total: Any = sum(row[1:], row[0])
         if eps is not None:
             total = total + eps
         out.append(row if total.is_zero() else [value / total for value in row])

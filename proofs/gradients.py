@@ -105,6 +105,8 @@ def _neighbours(subject: Subject, sample: Sample) -> Observation:
 def _twice(subject: Subject) -> str | None:
     if subject.vjp is None or not subject.backend.differentiates:
         return "its backend has no automatic differentiation"
+    if "float64" not in subject.backend.dtypes:
+        return "its second derivative is compared in float64"
     if subject.converged:
         return "the gradient of a limit is an adjoint of its own"
     return "kinks of the finish" if subject.finish != "none" else None

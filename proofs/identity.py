@@ -71,7 +71,7 @@ def _identity(subject: Subject, sample: Sample) -> Observation:
 def _constants_kept(subject: Subject, sample: Sample) -> Observation:
     matrix = subject.matrix(sample)
     size = sample.logits.shape[-1]
-    streams = sample.rng().standard_normal(size)
+    streams: np.ndarray = sample.rng().standard_normal((size,))
     allowed = marginal_allowance(size, sample.dtype) + 2 * size * 2.0**-53
     if subject.finish == "exact":
         allowed += 3 * marginal_allowance(size, sample.dtype)

@@ -200,7 +200,7 @@ def _decode(subject: Layer, sample: Sample) -> Observation:
     return Observation(subject.decode_gap(sample.seed % 1000), 1e-10, 0, "cached decoding against the full forward")
 
 
-def _samples(scales: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)):  # type: ignore[no-untyped-def]
+def _samples(scales: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)):
     return lambda subject: strategies.samples(batch=1, sizes=(1, 2, 3, 4), scales=scales, dtypes=("float64",))
 
 

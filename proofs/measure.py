@@ -82,8 +82,11 @@ def marginal_allowance(size: int, dtype: str) -> float:
 
 
 def norm2(matrix: np.ndarray) -> np.ndarray:
-    """Return the largest singular value, float64 LAPACK, shape (...,)."""
-    return np.linalg.norm(np.asarray(matrix, dtype=np.float64), ord=2, axis=(-2, -1))
+    """Return the largest singular value, float64 LAPACK, shape (...,); NaN for a matrix that is not finite."""
+    wide = np.asarray(matrix, dtype=np.float64)
+    finite = np.asarray(np.isfinite(wide).all(axis=(-2, -1)))
+    norms = np.linalg.norm(np.where(finite[..., None, None], wide, 0.0), ord=2, axis=(-2, -1))
+    return np.where(finite, norms, np.nan)
 
 
 def norms_at_most(matrices: np.ndarray, bounds: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ def _as_rational(subject: Rounder, sample: Sample) -> Observation:
     return worst_of(seen)
 
 
-def _samples(sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 8), batch: int = 16):  # type: ignore[no-untyped-def]
+def _samples(sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 8), batch: int = 16):
     return lambda subject: strategies.samples(
         sizes=sizes, batch=batch, dtypes=(*subject.backend.dtypes, *subject.backend.halves)
     )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 
+from proofs import strategies
 from proofs._claim import Claim, Observation, Sample
 
 __all__ = ["PROFILES", "Outcome", "Profile", "minimise", "observe", "replay", "run", "run_claim"]
@@ -81,6 +82,14 @@ def observe(claim: Claim, subject: Any, sample: Sample) -> tuple[Observation, st
         return Observation(float("inf"), 0.0, 0, "raised"), f"{type(error).__name__}: {text[:300]}"
 
 
+def _supported(sample: Sample, subject: Any) -> Sample:
+    """Return the sample in a dtype that the subject takes: its first one where it does not take the sample's."""
+    accepted = (*subject.backend.dtypes, *subject.backend.halves)
+    if sample.dtype in accepted:
+        return sample
+    return Sample(strategies.round_to(sample.logits, accepted[0]), accepted[0], sample.seed, sample.note)
+
+
 def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int | None = None) -> Outcome:
     """Try one claim on one subject.
 
@@ -104,6 +113,7 @@ def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int |
         nonlocal tried, closest, breach
         if breach is not None:
             return  # found already; raising would make Hypothesis look for reasons in code that may not be repeatable
+        sample = _supported(sample, subject)
         tried += max(1, len(sample.logits))
         seen, _ = observe(claim, subject, sample)
         if closest is None or seen.ratio > closest.ratio:

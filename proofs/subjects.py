@@ -6,6 +6,7 @@ one backend together with what is known about it; a claim reads these facts to d
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -17,7 +18,17 @@ import numpy as np
 from proofs import model, strategies
 from proofs._claim import Sample
 
-__all__ = ["BACKENDS", "Backend", "Subject", "backend", "builtin_subjects", "installed_backends", "load_function"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Subject",
+    "backend",
+    "builtin_subjects",
+    "installed_backends",
+    "load_function",
+    "user_subject",
+    "with_dtypes",
+]
 
 Projector = Callable[[Any], Any]
 
@@ -336,13 +347,34 @@ def load_function(spec: str) -> Projector:
     return target
 
 
+def with_dtypes(chosen: Backend, names: Sequence[str]) -> Backend:
+    """Return the same backend, trying only these dtypes; ``ValueError`` lists those it has."""
+    known = (*chosen.dtypes, *chosen.halves)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"dtypes {list(names)} on {chosen.name}; choose from {', '.join(known)}")
+    narrowed = copy.copy(chosen)
+    narrowed.dtypes = tuple(name for name in names if name in chosen.dtypes) or tuple(names)
+    narrowed.halves = tuple(name for name in names if name in chosen.halves)
+    return narrowed
+
+
 def user_subject(
-    function: Projector, *, name: str, last: str = "rows", backend_name: str = "numpy", num_iters: int | None = None
+    function: Projector,
+    *,
+    name: str,
+    last: str = "rows",
+    backend_name: str = "numpy",
+    num_iters: int | None = None,
+    dtypes: Sequence[str] | None = None,
 ) -> Subject:
-    """Wrap anybody's function. With `num_iters` it is also compared with the model of that many iterations."""
+    """Wrap anybody's function.
+
+    With `num_iters` it is also compared with the model of that many iterations; `dtypes` narrows what it is tried on.
+    """
     if last not in ("rows", "columns"):
         raise ValueError(f"last = {last!r}; give 'rows' or 'columns': the side that is normalised last")
-    chosen = backend(backend_name)
+    chosen = backend(backend_name) if dtypes is None else with_dtypes(backend(backend_name), dtypes)
     vjp = (lambda logits, grad: chosen.autograd(function, logits, grad)) if chosen.differentiates else None
     return Subject(name=name, function=function, backend=chosen, last=last, num_iters=num_iters, vjp=vjp)
 

@@ -141,7 +141,7 @@ def _matrices() -> Iterator[dict[str, Any]]:
             elif kind == "large":
                 values *= 16
             elif kind == "doubly stochastic":
-                values = sum(np.eye(n)[rng.permutation(n)] for _ in range(16)) / 16
+                values = np.sum([np.eye(n)[rng.permutation(n)] for _ in range(16)], axis=0) / 16
             entries = rational.exact(values)
             low, high = _norm_digits(entries)
             yield {

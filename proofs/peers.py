@@ -1,0 +1,133 @@
+"""Try the claims on other libraries and write a page of what holds: ``python -m proofs.peers PAGE.md``.
+
+Adapters that cannot run here are left out, unless ``--add`` names JSON reports of ``python -m proofs --json`` that were
+made elsewhere, on a machine with a GPU for example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from proofs import adapters, claims, report, runner
+from proofs._claim import Sample
+from proofs.subjects import load_function, user_subject
+
+__all__ = ["main", "run_peer"]
+
+_DISTRIBUTIONS = {
+    "ot": "POT",
+    "hyper_connections": "hyper-connections",
+    "transformers": "transformers",
+    "liger_kernel": "liger-kernel",
+    "tile_kernels": "tile-kernels",
+}
+
+_HEAD = """# What other projections do
+
+This page is written by `python -m proofs.peers`; do not edit it. The same claims that this library is held to are tried
+on the projections of other libraries, through the adapters of `proofs/adapters.py`, profile `{profile}`, on {date}.
+
+**A cross is not a bug report.** A library that adds eps to its sums, or stops at a tolerance, computes another function
+on purpose; the table says in which statements the difference shows. What a cross does mean: code that relies on that
+statement must not rely on that function.
+
+`holds`: not refuted by the examples tried. `BROKEN`: refuted; the smallest failing example found is below.
+`-`: not claimed, for instance gradients of a NumPy function.
+"""
+
+
+def run_peer(peer: adapters.Peer, profile: runner.Profile) -> list[dict[str, Any]]:
+    """Try every claim about projections on one adapter; returns the records of a JSON report."""
+    subject = user_subject(
+        load_function(f"proofs.adapters:{peer.function}"),
+        name=f"proofs.adapters:{peer.function}",
+        last=peer.last,
+        backend_name=peer.backend,
+        num_iters=peer.num_iters,
+        dtypes=peer.dtypes,
+    )
+    outcomes = runner.run(claims.PROJECTION_CLAIMS, [subject], profile)
+    return [report.as_record(outcome) for outcome in outcomes]
+
+
+def _version(package: str) -> str:
+    name = _DISTRIBUTIONS[package]
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return name
+
+
+def _page(results: dict[str, list[dict[str, Any]]], versions: dict[str, str], profile: str) -> str:
+    peers = [peer for peer in adapters.PEERS if peer.function in results]
+    lines = [_HEAD.format(profile=profile, date=datetime.date.today().isoformat()), "## The projections", ""]
+    lines += ["| name | what is called | package | last side | dtypes |", "|---|---|---|---|---|"]
+    for peer in peers:
+        dtypes = ", ".join(peer.dtypes) if peer.dtypes else "all that the backend has"
+        lines.append(f"| `{peer.function}` | {peer.about} | {versions[peer.function]} | {peer.last} | {dtypes} |")
+    lines += ["", "## Which claim holds for which", ""]
+    lines += ["| claim | " + " | ".join(f"`{peer.function}`" for peer in peers) + " |"]
+    lines += ["|---|" + "---|" * len(peers)]
+    words = {"holds": "holds", "broken": "**BROKEN**", "not claimed": "-"}
+    table = {peer.function: {record["claim"]: record for record in results[peer.function]} for peer in peers}
+    for claim in claims.PROJECTION_CLAIMS:
+        records = [table[peer.function].get(claim.name) for peer in peers]
+        cells = ["-" if record is None else words[record["verdict"]] for record in records]
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {claim.name} | " + " | ".join(cells) + " |")
+    lines += ["", "## Smallest failing examples", ""]
+    for peer in peers:
+        broken = [record for record in results[peer.function] if record["verdict"] == "broken"]
+        tried = sum(record["examples"] for record in results[peer.function])
+        lines += [f"### {peer.function}", "", f"{tried:,} matrices tried, {len(broken)} claims broken.", ""]
+        for record in broken:
+            sample = Sample.from_record(record["failing"])
+            seen, allowed = (f"{float(record[key]):.3g}" for key in ("seen", "allowed"))
+            lines += [
+                f"- **{record['claim']}**: seen {seen}, allowed {allowed} ({record['reason']})",
+                "",
+                "  ```text",
+                *(f"  {line}" for line in f"logits = {report.describe(sample)}".splitlines()),
+                "  ```",
+                "",
+            ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m proofs.peers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("page", type=Path, help="the Markdown file to write")
+    parser.add_argument("--profile", choices=tuple(runner.PROFILES), default="quick")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], metavar="JSON", help="reports made elsewhere")
+    options = parser.parse_args(arguments)
+    results: dict[str, list[dict[str, Any]]] = {}
+    versions: dict[str, str] = {}
+    for path in options.add:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        name = str(document["settings"]["projection"]).rpartition(":")[2]
+        results[name] = document["outcomes"]
+        versions[name] = document.get("package", "see the report")
+    for peer in adapters.PEERS:
+        reason = peer.missing()
+        if peer.function in results:
+            continue
+        if reason:
+            print(f"{peer.function}: left out, {reason}")
+            continue
+        results[peer.function] = run_peer(peer, runner.PROFILES[options.profile])
+        versions[peer.function] = _version(peer.package)
+        print(f"{peer.function}: {sum(r['verdict'] == 'broken' for r in results[peer.function])} claims broken")
+    options.page.write_text(_page(results, versions, options.profile), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
