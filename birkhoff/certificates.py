@@ -477,7 +477,7 @@ def _bounds(product: _Product, num_steps: int) -> dict[str, Any]:
         "column_sums": xp.permute_dims(product.sums(transposed=True), (1, 0)),
         "absolute_row_sums": xp.permute_dims(row_high, (1, 0)),
         "absolute_column_sums": xp.permute_dims(column_high, (1, 0)),
-        "sums_radius": xp.where(product.finite, radius, unbounded),
+        "sums_radius": xp.where(product.finite & ~xp.isnan(radius), radius, unbounded),
     }
 
 

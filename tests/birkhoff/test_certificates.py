@@ -256,6 +256,15 @@ def test_negative_and_non_finite_entries_have_no_upper_bound(bad: float) -> None
     assert alone.norm2_upper == (abs(bad) if np.isfinite(bad) else np.inf)
 
 
+def test_overflow_is_unbounded_not_wrong() -> None:
+    certificate = certify(np.full((2, 2), 1.5e308))
+    assert certificate.norm2_upper == np.inf
+    assert certificate.norm2_lower == 1.5e308
+    assert certificate.sums_radius == np.inf
+    large = certify(np.full((2, 2), 1e300))  # the Gram matrix overflows, the sums do not
+    assert 2e300 <= large.norm2_upper <= 2.001e300
+
+
 def test_signed_and_absolute_definitions_differ() -> None:
     matrix = np.array([[2.0, -1.0], [0.5, 0.5]])
     certificate = certify(matrix)
