@@ -179,7 +179,7 @@ def newton_forward_kernel(
 ):  # fmt: skip
     """BLOCK matrices: steps until all of the program's matrices are done."""
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
-    x, offsets, mask = load_matrices(logits, batch, n, N, BLOCK, True, COMPUTE)
+    x = load_matrices(logits, batch, n, N, BLOCK, True, COMPUTE)
     which = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     target = tl.cast(target, COMPUTE)
     e = tile.exponents(x, n, FIRST, RANGE_CAP, True)
@@ -198,7 +198,7 @@ def newton_forward_kernel(
             slow, slow_counts = _logarithmic_solution(e, chosen, target, num_iters, n, FIRST)
             p = lines.pick(chosen != 0, slow, p, n * n, True)
             done_in = tl.where(chosen != 0, slow_counts, done_in)
-    store_matrices(matrix, p, offsets, mask, n, N, BLOCK, True)
+    store_matrices(matrix, p, batch, n, N, BLOCK, True)
     tl.store(counts + which, done_in, mask=which < batch)
 
 

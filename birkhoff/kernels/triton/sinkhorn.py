@@ -29,31 +29,43 @@ _BACKWARD = {1: (128, 4, 10), 2: (128, 4, 10), 4: (64, 2, 10), 8: (2, 1, 10), 16
 
 
 @triton.jit
-def load_matrices(
-    pointer, batch, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """This program's matrices in the form of tile.py, and the offsets and mask to store by."""
-    matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _places(batch, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr):
+    """Where this program's matrices begin (64 bits), their entries from there (32 bits), and which of these exist."""
+    program = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, BLOCK)
+    left = tl.minimum(batch - program * BLOCK, BLOCK).to(tl.int32)
     if LANE:
         entry = tl.arange(0, N * N)
-        offsets = matrix[:, None] * (n * n) + entry[None, :]
-        mask = (matrix < batch)[:, None] & (entry < n * n)[None, :]
-        return tile.unpack(tl.load(pointer + offsets, mask=mask, other=0.0).to(COMPUTE), BLOCK, N * N), offsets, mask
+        offsets = within[:, None] * (n * n) + entry[None, :]
+        mask = (within < left)[:, None] & (entry < n * n)[None, :]
     else:
         k = tl.arange(0, N)
-        offsets = matrix[:, None, None] * (n * n) + (k[:, None] * n + k[None, :])[None, :, :]
+        offsets = within[:, None, None] * (n * n) + (k[:, None] * n + k[None, :])[None, :, :]
         inside = (k[:, None] < n)[None, :, :] & (k[None, :] < n)[None, :, :]
-        mask = (matrix < batch)[:, None, None] & inside
-        return tl.load(pointer + offsets, mask=mask, other=0.0).to(COMPUTE), offsets, mask
+        mask = (within < left)[:, None, None] & inside
+    return program * (BLOCK * n * n), offsets, mask
 
 
 @triton.jit
-def store_matrices(
-    pointer, values, offsets, mask, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr
+def load_matrices(
+    pointer, batch, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, COMPUTE: tl.constexpr
 ):
+    """This program's matrices in the form of tile.py."""
+    begin, offsets, mask = _places(batch, n, N, BLOCK, LANE)
+    values = tl.load(pointer + begin + offsets, mask=mask, other=0.0).to(COMPUTE)
+    if LANE:
+        return tile.unpack(values, BLOCK, N * N)
+    else:
+        return values
+
+
+@triton.jit
+def store_matrices(pointer, values, batch, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr):
+    """Store this program's matrices."""
+    begin, offsets, mask = _places(batch, n, N, BLOCK, LANE)
     if LANE:
         values = tile.pack(values, BLOCK, N * N, n * n)
-    tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer + begin + offsets, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch", "num_iters"])
@@ -63,9 +75,9 @@ def sinkhorn_forward_kernel(
     EPS_DEN: tl.constexpr, RANGE_CAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK matrices: load once, iterate in registers, store once."""
-    x, offsets, mask = load_matrices(logits, batch, n, N, BLOCK, LANE, COMPUTE)
+    x = load_matrices(logits, batch, n, N, BLOCK, LANE, COMPUTE)
     p = tile.sinkhorn(x, num_iters, n, METHOD, COLUMNS_FIRST, LANE, EPS_START, EPS_DEN, RANGE_CAP)
-    store_matrices(matrix, p, offsets, mask, n, N, BLOCK, LANE)
+    store_matrices(matrix, p, batch, n, N, BLOCK, LANE)
 
 
 @triton.jit(do_not_specialize=["batch", "num_iters"])
@@ -75,10 +87,10 @@ def sinkhorn_backward_kernel(
     COLUMNS_FIRST: tl.constexpr, EPS_START: tl.constexpr, EPS_DEN: tl.constexpr, RANGE_CAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK matrices: the scalings are recomputed from the logits, LENGTH iterations at a time."""
-    x, offsets, mask = load_matrices(logits, batch, n, N, BLOCK, LANE, COMPUTE)
-    g, _, _ = load_matrices(grad_matrix, batch, n, N, BLOCK, LANE, COMPUTE)
+    x = load_matrices(logits, batch, n, N, BLOCK, LANE, COMPUTE)
+    g = load_matrices(grad_matrix, batch, n, N, BLOCK, LANE, COMPUTE)
     d = tile.sinkhorn_vjp(x, g, num_iters, n, METHOD, COLUMNS_FIRST, LANE, LENGTH, EPS_START, EPS_DEN, RANGE_CAP)
-    store_matrices(grad_logits, d, offsets, mask, n, N, BLOCK, LANE)
+    store_matrices(grad_logits, d, batch, n, N, BLOCK, LANE)
 
 
 _METHODS = {"knopp": tile.KNOPP.value, "log": tile.KNOPP.value, "damped": tile.DAMPED.value}

@@ -30,7 +30,19 @@ import triton.language as tl
 from birkhoff.kernels.triton import lines
 from birkhoff.kernels.triton.lines import pack, unpack
 
-__all__ = ["DAMPED", "KNOPP", "exponents", "is_wide", "lowest", "pack", "sinkhorn", "sinkhorn_vjp", "start", "unpack"]
+__all__ = [
+    "DAMPED",
+    "KNOPP",
+    "any_of",
+    "exponents",
+    "is_wide",
+    "lowest",
+    "pack",
+    "sinkhorn",
+    "sinkhorn_vjp",
+    "start",
+    "unpack",
+]
 
 KNOPP = tl.constexpr(0)  #: the undamped iteration, linear where safe and logarithmic elsewhere
 DAMPED = tl.constexpr(1)  #: DeepSeek's recurrence
@@ -113,7 +125,8 @@ def _is_unpaired(low):
 
 
 @triton.jit
-def _any(wide, LANE: tl.constexpr):
+def any_of(wide, LANE: tl.constexpr):
+    """Whether the program holds such a matrix: a scalar, the same for all lanes."""
     flags = wide.to(tl.int32)
     if LANE:
         return tl.max(flags, 0) != 0
@@ -228,10 +241,10 @@ def sinkhorn(
         out = _linear(m, num_iters, n, FIRST, LANE, LANE)
         if LANE:
             unpaired = _is_unpaired(low)
-            if _any(unpaired, LANE):
+            if any_of(unpaired, LANE):
                 out = lines.pick(unpaired, _linear(m, num_iters, n, FIRST, LANE, False), out, n * n, LANE)
         wide = is_wide(low)
-        if _any(wide, LANE):
+        if any_of(wide, LANE):
             out = lines.pick(wide, _logarithmic(e, num_iters, n, FIRST, LANE), out, n * n, LANE)
         return out
 
@@ -419,7 +432,7 @@ def sinkhorn_vjp(
         m = lines.exponential(e, n, LANE)
         out = lines.times(m, _pull_iterations(m, grad, num_iters, n, FIRST, KNOPP, 0.0, LENGTH, LANE), n, LANE)
         wide = is_wide(lowest(e, n, LANE))
-        if _any(wide, LANE):
+        if any_of(wide, LANE):
             slow = _pull_iterations(e, grad, num_iters, n, FIRST, _LOG, 0.0, 1, LANE)
             out = lines.pick(wide, slow, out, n * n, LANE)
     if range_cap is not None:
