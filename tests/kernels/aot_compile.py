@@ -58,7 +58,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = list(self.arg_names)
-        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in kwargs}
+        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion") if key in kwargs}
         bound = dict(zip(names, args, strict=False)) | kwargs
         launches.append(Launch(self, tuple(grid), {name: bound[name] for name in names}, options))
 

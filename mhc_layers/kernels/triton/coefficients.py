@@ -24,6 +24,7 @@ from mhc_layers.kernels.triton.configs import (
     num_sms,
     project_config,
 )
+from mhc_layers.kernels.triton.launch import launch
 
 __all__ = ["finish", "project"]
 
@@ -207,27 +208,22 @@ def project(
     squares = torch.empty((num_splits, num_tokens), dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return slabs, squares
-    two_terms = x.dtype != torch.float32
-    project_kernel[(cdiv(num_tokens, config.block_tokens), num_splits)](
-        x,
-        phi,
-        slabs,
-        squares,
-        num_tokens,
-        K=k,
-        N=num_rows,
-        NP=padded_rows(num_rows),
-        SPAN=span,
-        BM=config.block_tokens,
-        BK=config.block_k,
-        V=8 if x.element_size() == 2 else 4,
-        TERMS=2 if two_terms else 1,
-        UPCAST=is_interpreting() or x.dtype != torch.bfloat16,
-        PRECISION="tf32" if x.dtype == torch.float16 else "ieee",
-        EVEN=num_splits * span == k,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
+    constants = {
+        "K": k,
+        "N": num_rows,
+        "NP": padded_rows(num_rows),
+        "SPAN": span,
+        "BM": config.block_tokens,
+        "BK": config.block_k,
+        "V": 8 if x.element_size() == 2 else 4,
+        "TERMS": 1 if x.dtype == torch.float32 else 2,
+        "UPCAST": is_interpreting() or x.dtype != torch.bfloat16,
+        "PRECISION": "tf32" if x.dtype == torch.float16 else "ieee",
+        "EVEN": num_splits * span == k,
+        "STAGES": config.num_stages,
+    }
+    grid = (cdiv(num_tokens, config.block_tokens), num_splits)
+    launch(project_kernel, grid, (x, phi, slabs, squares), (num_tokens,), constants, config.num_warps)
     return slabs, squares
 
 
@@ -277,31 +273,20 @@ def finish(
         return coef, proj, rstd
     if config is None:
         config = finish_config(num_streams)
-    finish_kernel[(cdiv(num_tokens, config.block_tokens),)](
-        slabs,
-        squares,
-        *alphas,
-        bias,
-        coef,
-        proj,
-        rstd,
-        num_tokens,
-        num_splits,
-        1.0 / k,
-        options.norm_eps,
-        options.eps_pre,
-        options.post_multiplier,
-        n=num_streams,
-        NS=next_power_of_2(num_streams),
-        METHOD=int(options.method == "damped"),
-        COLUMNS_FIRST=options.first == "columns",
-        TRANSPOSED=options.transposed,
-        ITERS=options.num_iters,
-        EPS_START=options.eps_start,
-        EPS_DEN=options.eps_den,
-        LANE=config.lane,
-        W=next_power_of_2(num_streams * num_streams),
-        BT=config.block_tokens,
-        num_warps=config.num_warps,
-    )
+    constants = {
+        "n": num_streams,
+        "NS": next_power_of_2(num_streams),
+        "METHOD": int(options.method == "damped"),
+        "COLUMNS_FIRST": options.first == "columns",
+        "TRANSPOSED": options.transposed,
+        "ITERS": options.num_iters,
+        "EPS_START": options.eps_start,
+        "EPS_DEN": options.eps_den,
+        "LANE": config.lane,
+        "W": next_power_of_2(num_streams * num_streams),
+        "BT": config.block_tokens,
+    }
+    pointers = (slabs, squares, *alphas, bias, coef, proj, rstd)
+    scalars = (num_tokens, num_splits, 1.0 / k, options.norm_eps, options.eps_pre, options.post_multiplier)
+    launch(finish_kernel, (cdiv(num_tokens, config.block_tokens),), pointers, scalars, constants, config.num_warps)
     return coef, proj, rstd

@@ -18,6 +18,7 @@ from mhc_layers.kernels.triton.configs import (
     finish_config,
     next_power_of_2,
 )
+from mhc_layers.kernels.triton.launch import launch
 
 __all__ = ["finish_backward"]
 
@@ -241,39 +242,39 @@ def finish_backward(
     params = torch.empty((programs, padded + 4), dtype=torch.float32, device=device)
     if num_tokens == 0:
         return mix, dz, params
-    finish_backward_kernel[(programs,)](
+    constants = {
+        "n": num_streams,
+        "NS": next_power_of_2(num_streams),
+        "NP": padded,
+        "P": width,
+        "TERMS": terms,
+        "HAS_DOTS": dots is not None,
+        "HAS_READ": read is not None,
+        "READ_STRIDE": 0 if read is None else read.stride(-2),
+        "METHOD": int(options.method == "damped"),
+        "COLUMNS_FIRST": options.first == "columns",
+        "TRANSPOSED": options.transposed,
+        "ITERS": options.num_iters,
+        "EPS_START": options.eps_start,
+        "EPS_DEN": options.eps_den,
+        "LENGTH": min(config.length, options.num_iters),
+        "LANE": config.lane,
+        "W": next_power_of_2(num_streams * num_streams),
+        "BT": config.block_tokens,
+    }
+    absent = proj  # an address for arguments that the kernel does not read
+    pointers = (
         proj,
         rstd,
         dcoef,
-        proj if dots is None else dots,
-        proj if read is None else read,
+        absent if dots is None else dots,
+        absent if read is None else read,
         *alphas,
         bias,
         mix,
         dz,
         params,
-        num_tokens,
-        1.0 / k,
-        options.eps_pre,
-        options.post_multiplier,
-        n=num_streams,
-        NS=next_power_of_2(num_streams),
-        NP=padded,
-        P=width,
-        TERMS=terms,
-        HAS_DOTS=dots is not None,
-        HAS_READ=read is not None,
-        READ_STRIDE=0 if read is None else read.stride(-2),
-        METHOD=int(options.method == "damped"),
-        COLUMNS_FIRST=options.first == "columns",
-        TRANSPOSED=options.transposed,
-        ITERS=options.num_iters,
-        EPS_START=options.eps_start,
-        EPS_DEN=options.eps_den,
-        LENGTH=min(config.length, options.num_iters),
-        LANE=config.lane,
-        W=next_power_of_2(num_streams * num_streams),
-        BT=config.block_tokens,
-        num_warps=config.num_warps,
     )
+    scalars = (num_tokens, 1.0 / k, options.eps_pre, options.post_multiplier)
+    launch(finish_backward_kernel, (programs,), pointers, scalars, constants, config.num_warps)
     return mix, dz, params

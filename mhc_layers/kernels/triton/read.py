@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
+from mhc_layers.kernels.triton.launch import launch
 
 __all__ = ["read_forward"]
 
@@ -44,16 +45,12 @@ def read_forward(x: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | Non
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
-    read_forward_kernel[grid](
-        x,
-        coef,
-        u,
-        num_tokens,
-        COEF_STRIDE=coef.stride(-2),
-        C=dim,
-        n=num_streams,
-        BT=config.block_tokens,
-        BC=config.block_channels,
-        num_warps=config.num_warps,
-    )
+    constants = {
+        "COEF_STRIDE": coef.stride(-2),
+        "C": dim,
+        "n": num_streams,
+        "BT": config.block_tokens,
+        "BC": config.block_channels,
+    }
+    launch(read_forward_kernel, grid, (x, coef, u), (num_tokens,), constants, config.num_warps)
     return u

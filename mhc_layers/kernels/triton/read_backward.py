@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
+from mhc_layers.kernels.triton.launch import launch
 
 __all__ = ["read_backward"]
 
@@ -49,16 +50,13 @@ def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None
         return dots
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=True)
-    read_backward_kernel[(cdiv(num_tokens, config.block_tokens),)](
-        gu,
-        x,
-        dots,
-        num_tokens,
-        C=dim,
-        n=num_streams,
-        BT=config.block_tokens,
-        BC=config.block_channels,
-        V=lane_values(config),
-        num_warps=config.num_warps,
-    )
+    constants = {
+        "C": dim,
+        "n": num_streams,
+        "BT": config.block_tokens,
+        "BC": config.block_channels,
+        "V": lane_values(config),
+    }
+    grid = (cdiv(num_tokens, config.block_tokens),)
+    launch(read_backward_kernel, grid, (gu, x, dots), (num_tokens,), constants, config.num_warps)
     return dots

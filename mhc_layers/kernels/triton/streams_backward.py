@@ -20,6 +20,7 @@ from mhc_layers.kernels.triton.configs import (
     num_sms,
     streams_backward_config,
 )
+from mhc_layers.kernels.triton.launch import launch
 
 __all__ = ["reduce_slabs", "streams_backward"]
 
@@ -141,7 +142,7 @@ def reduce_kernel(
     DPARAMS,
     S,
     PROGRAMS,
-    SIZE,
+    SIZE: tl.constexpr,
     NP: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -194,32 +195,23 @@ def streams_backward(
         return dx, slabs
     two_terms = x.dtype == torch.bfloat16
     grid = (cdiv(dim, config.block_channels) * (num_streams // config.group), num_splits)
-    streams_backward_kernel[grid](
-        x,
-        x if g is None else g,
-        x if gu is None else gu,
-        mix,
-        dz,
-        phi,
-        dx,
-        slabs,
-        num_tokens,
-        span,
-        C=dim,
-        n=num_streams,
-        NP=dz.shape[-1],
-        P=mix.shape[-1],
-        GROUP=config.group,
-        BT=config.block_tokens,
-        BC=config.block_channels,
-        STAGES=config.num_stages,
-        TERMS=2 if two_terms else 1,
-        HAS_G=g is not None,
-        HAS_GU=gu is not None,
-        UPCAST=is_interpreting() or not two_terms,
-        PRECISION="ieee",
-        num_warps=config.num_warps,
-    )
+    constants = {
+        "C": dim,
+        "n": num_streams,
+        "NP": dz.shape[-1],
+        "P": mix.shape[-1],
+        "GROUP": config.group,
+        "BT": config.block_tokens,
+        "BC": config.block_channels,
+        "STAGES": config.num_stages,
+        "TERMS": 2 if two_terms else 1,
+        "HAS_G": g is not None,
+        "HAS_GU": gu is not None,
+        "UPCAST": is_interpreting() or not two_terms,
+        "PRECISION": "ieee",
+    }
+    pointers = (x, x if g is None else g, x if gu is None else gu, mix, dz, phi, dx, slabs)
+    launch(streams_backward_kernel, grid, pointers, (num_tokens, span), constants, config.num_warps)
     return dx, slabs
 
 
@@ -240,18 +232,8 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
     dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
     dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
     block = 16384 if is_interpreting() else 256
-    reduce_kernel[(cdiv(num_rows * k, block) + 1,)](
-        dphi_slabs,
-        params,
-        dphi,
-        dparams,
-        num_splits,
-        params.shape[0],
-        num_rows * k,
-        NP=padded,
-        BLOCK=block,
-        DEPTH=8,
-        ROWS=8192 // padded,
-        num_warps=4,
-    )
+    constants = {"SIZE": num_rows * k, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 8192 // padded}
+    grid = (cdiv(num_rows * k, block) + 1,)
+    scalars = (num_splits, params.shape[0])
+    launch(reduce_kernel, grid, (dphi_slabs, params, dphi, dparams), scalars, constants, 4)
     return dphi, dparams

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
+from mhc_layers.kernels.triton.launch import launch
 
 __all__ = ["write_forward"]
 
@@ -48,16 +49,6 @@ def write_forward(
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
-    write_forward_kernel[grid](
-        x,
-        f,
-        coef,
-        out,
-        num_tokens,
-        C=dim,
-        n=num_streams,
-        BT=config.block_tokens,
-        BC=config.block_channels,
-        num_warps=config.num_warps,
-    )
+    constants = {"C": dim, "n": num_streams, "BT": config.block_tokens, "BC": config.block_channels}
+    launch(write_forward_kernel, grid, (x, f, coef, out), (num_tokens,), constants, config.num_warps)
     return out

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from mhc_layers.kernels.options import SiteOptions
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
+from mhc_layers.kernels.triton.launch import launch
 
 __all__ = ["write_backward"]
 
@@ -101,22 +102,14 @@ def write_backward(
         return df, dcoef
     if config is None:
         config = row_config(num_streams, dim, x.element_size(), reducing=True)
-    write_backward_kernel[(cdiv(num_tokens, config.block_tokens),)](
-        g,
-        x,
-        f,
-        proj,
-        alpha_post,
-        bias,
-        df,
-        dcoef,
-        num_tokens,
-        options.post_multiplier,
-        C=dim,
-        n=num_streams,
-        BT=config.block_tokens,
-        BC=config.block_channels,
-        V=lane_values(config),
-        num_warps=config.num_warps,
-    )
+    constants = {
+        "C": dim,
+        "n": num_streams,
+        "BT": config.block_tokens,
+        "BC": config.block_channels,
+        "V": lane_values(config),
+    }
+    grid = (cdiv(num_tokens, config.block_tokens),)
+    pointers = (g, x, f, proj, alpha_post, bias, df, dcoef)
+    launch(write_backward_kernel, grid, pointers, (num_tokens, options.post_multiplier), constants, config.num_warps)
     return df, dcoef
