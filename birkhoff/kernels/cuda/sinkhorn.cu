@@ -87,7 +87,8 @@ sinkhorn_forward(const element* __restrict__ logits, element* __restrict__ matri
 
 #else
 
-// The scalings of `kept` iterations at a time lie in shared memory; earlier iterations are replayed.
+// The scalings of `kept` iterations at a time lie in shared memory, but for the last HELD, which stay in registers; earlier
+// iterations are replayed.
 
 constexpr int ALL_ROWS = BR * GR, ALL_COLUMNS = BC * GC;
 constexpr int VECTOR = BR % 4 || BC % 4 || sizeof(real) != 4 ? 1 : 4;
@@ -305,11 +306,23 @@ INLINE void pull(Block &m, Block &dm, const element* logits, const element* grad
       column_step<0>(m, b, a, eps_den, at);
       row_step<0>(m, a, b, eps_den, at);
     }
+    int stored = end - from, held = !DAMPED && stored > HELD ? HELD : 0;
+    Columns held_a[HELD + 1];
+    Rows held_b[HELD + 1];
 #pragma unroll UNROLL
-    for (int t = 0; t < end - from; t++) {
+    for (int t = 0; t < stored - held; t++) {
       history.keep(t, a, b);
       column_step<0>(m, b, a, eps_den, at);
       row_step<0>(m, a, b, eps_den, at);
+    }
+    if (held) {
+#pragma unroll
+      for (int t = 0; t < HELD; t++) {
+        copy(held_a[t], a);
+        copy(held_b[t], b);
+        column_step<0>(m, b, a, eps_den, at);
+        row_step<0>(m, a, b, eps_den, at);
+      }
     }
     __syncwarp();
     if (end == full) {
@@ -324,7 +337,7 @@ INLINE void pull(Block &m, Block &dm, const element* logits, const element* grad
     }
 #if DAMPED
 #pragma unroll 1
-    for (int t = end - from - 1; t >= 0; t--) {
+    for (int t = stored - 1; t >= 0; t--) {
       Columns more;
       Rows flow;
       history.recall(t, a0, b0);
@@ -340,14 +353,21 @@ INLINE void pull(Block &m, Block &dm, const element* logits, const element* grad
       for (int k = 0; k < BC; k++) a[k] = a0[k];
     }
 #else
+    if (held) {
+#pragma unroll
+      for (int t = HELD - 1; t >= 0; t--) {
+        pull_column_step(m, a, held_b[t], dm, da, db);
+        pull_row_step(m, held_a[t], held_b[t], dm, da, db);
+        copy(a, held_a[t]);
+      }
+    }
     int last = from > 0 ? 0 : 1;  // b_0 = 1 is a constant: nothing flows below the first column step
 #pragma unroll UNROLL
-    for (int t = end - from - 1; t >= last; t--) {
+    for (int t = stored - held - 1; t >= last; t--) {
       history.recall(t, a0, b0);
       pull_column_step(m, a, b0, dm, da, db);
       pull_row_step(m, a0, b0, dm, da, db);
-#pragma unroll
-      for (int k = 0; k < BC; k++) a[k] = a0[k];
+      copy(a, a0);
     }
     if (last) {
       fill(b0, 1);
@@ -383,7 +403,8 @@ sinkhorn_backward(const element* __restrict__ logits, const element* __restrict_
                   element* __restrict__ grad_logits, i64 batch, int num_iters, int kept, real eps_start, real eps_den,
                   real range_cap) {
   extern __shared__ __align__(16) unsigned char memory[];
-  int warp = threadIdx.x >> 5, history_bytes = kept * STEP_PITCH * (int)sizeof(real);
+  int warp = threadIdx.x >> 5, slots = !DAMPED && kept > HELD ? kept - HELD : kept;
+  int history_bytes = slots * STEP_PITCH * (int)sizeof(real);
   i64 first = ((i64)blockIdx.x * (THREADS / 32) + warp) * PER_WARP, mine = first + (threadIdx.x & 31) / LANES;
   if (first >= batch) return;
   unsigned char* shared = memory + warp * (history_bytes > 2 * TILE_BYTES ? history_bytes : 2 * TILE_BYTES);
@@ -406,7 +427,7 @@ sinkhorn_backward(const element* __restrict__ logits, const element* __restrict_
   if (LANES == 1) write_tile(shared, m, grad_logits, first, batch); else write_block(grad_logits, mine, batch, at, m);
   __syncwarp();
   if (!DAMPED && __any_sync(~0u, wide))
-    backward_on_logarithms(logits, grad_matrix, grad_logits, mine, batch, num_iters, kept, range_cap, (real*)shared, wide);
+    backward_on_logarithms(logits, grad_matrix, grad_logits, mine, batch, num_iters, slots, range_cap, (real*)shared, wide);
 }
 
 #endif

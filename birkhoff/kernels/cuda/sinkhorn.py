@@ -29,12 +29,16 @@ _ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
 
 @dataclass(frozen=True)
 class _Launch:
-    """How a kernel is specialised: the grid of lanes that holds a matrix, threads a block, blocks a multiprocessor."""
+    """How a kernel is specialised."""
 
+    #: Grid of lanes that holds a matrix.
     lane_rows: int
     lane_columns: int
+    #: Threads a block, and blocks a multiprocessor that the registers must allow.
     threads: int
     blocks: int
+    #: Iterations whose scalings the backward keeps in registers (not for the damped recurrence).
+    held: int = 0
 
     @property
     def lanes(self) -> int:
@@ -59,7 +63,7 @@ _FORWARD = {
 }
 _BACKWARD = {
     False: (
-        (4, _Launch(1, 1, 32, 10)),
+        (4, _Launch(1, 1, 32, 15, held=6)),
         (8, _Launch(2, 2, 32, 16)),
         (16, _Launch(4, 2, 32, 14)),
         (32, _Launch(8, 4, 32, 14)),
@@ -94,6 +98,7 @@ def flags(n: int, element: int, launch: _Launch, **switches: bool) -> tuple[str,
         "ELEMENT": element,
         "THREADS": launch.threads,
         "BLOCKS": launch.blocks,
+        "HELD": launch.held,
         "PAIRS_A": pairs,
         "PAIRS_B": pairs,
         **{name.upper(): int(value) for name, value in switches.items()},
@@ -260,7 +265,8 @@ def sinkhorn_backward(
     kernel = _kernel(True, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
     segments = -(-num_iters // _KEPT)
     kept = -(-num_iters // segments)
-    history = kept * _history_bytes(n, launch, 8 if element == 3 else 4)
+    in_registers = launch.held if method != "damped" and kept > launch.held else 0
+    history = (kept - in_registers) * _history_bytes(n, launch, 8 if element == 3 else 4)
     tiles = 2 * _tile_bytes(n, launch, logits.dtype.itemsize)
     kernel(
         (_blocks(batch, launch),),

@@ -155,6 +155,10 @@ INLINE void scale_rows(Block &m, const Rows &v) {
 #pragma unroll
   for (int k = 0; k < BR * BC; k++) m[k] *= v[k / BC];
 }
+template <int COUNT> INLINE void copy(real (&to)[COUNT], const real (&from)[COUNT]) {
+#pragma unroll
+  for (int k = 0; k < COUNT; k++) to[k] = from[k];
+}
 template <int COUNT> INLINE void fill(real (&v)[COUNT], real value) {
 #pragma unroll
   for (int k = 0; k < COUNT; k++) v[k] = value;
