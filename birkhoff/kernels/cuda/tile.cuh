@@ -1,5 +1,5 @@
 // A batch of N x N matrices over the lanes of a warp: arithmetic, sums over lanes, half steps of Sinkhorn, memory.
-// Specialised at run time by -D options; sinkhorn.py puts this text before that of sinkhorn.cu or newton.cu.
+// Specialised at run time by -D options; sinkhorn.py puts this text before that of sinkhorn.cu.
 //   N            size of a matrix, 1..32
 //   GR, GC       a matrix is spread over a grid of GR x GC lanes, each holding a block of BR x BC entries (1, 1: one a lane)
 //   ELEMENT      type in memory: 0 float, 1 bfloat16, 2 half, 3 double
@@ -7,7 +7,9 @@
 //   ROWS_FIRST   1: rows are normalised first; the matrix is read and written transposed and everything below is unchanged
 //   CAPPED       1: logits further than range_cap below the largest of their column are raised to it
 //   BACKWARD     which of the two kernels
-//   THREADS, BLOCKS   launch bounds;  PAIRS_A, PAIRS_B   how many pairs of sums share a reciprocal in each half step
+//   THREADS, BLOCKS   launch bounds
+//   PAIRS_A, PAIRS_B  how many pairs of sums share a reciprocal in the column step and in the row step of the forward
+//   HELD         iterations whose scalings the backward keeps in registers
 //
 // Two sums share a reciprocal where no entry is below 2^-60 of its column's largest, so that their product is safe (double:
 // 2^-480). Down to 2^-100 (2^-900) each sum has its own. A matrix beyond that is computed again on logarithms.
