@@ -29,17 +29,17 @@ from mhc_layers.kernels.triton.launch import launch
 __all__ = ["finish", "project"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "STEPS"])
 def project_kernel(
     X,
     PHI,
     SLABS,
     SQUARES,
     M,
+    STEPS,
     K: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
-    SPAN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     V: tl.constexpr,
@@ -57,8 +57,9 @@ def project_kernel(
     x_rows = X + rows[:, None].to(tl.int64) * K
     acc = tl.zeros((BM, NP), tl.float32)
     squares = tl.zeros((BM, BK // V), tl.float32)
-    for step in tl.range(0, SPAN, BK, num_stages=STAGES):
-        k = split * SPAN + step + tl.arange(0, BK)
+    last = tl.minimum((split + 1) * STEPS, (K + BK - 1) // BK)
+    for step in tl.range(split * STEPS, last, num_stages=STAGES):
+        k = step * BK + tl.arange(0, BK)
         if EVEN:
             x = tl.load(x_rows + k[None, :], mask=row_mask[:, None], other=0.0)
         else:
@@ -201,9 +202,10 @@ def project(
     num_tokens = x.numel() // k
     if config is None:
         config = project_config(num_tokens, num_streams, dim, x.element_size(), num_sms(x.device), capability(x.device))
-    # a split covers a whole number of k-steps, so the last one may be short but none is empty
-    span = cdiv(k, config.num_splits * config.block_k) * config.block_k
-    num_splits = cdiv(k, span)
+    # a split covers a whole number of steps, so the last one may be short but none is empty
+    all_steps = cdiv(k, config.block_k)
+    steps = cdiv(all_steps, config.num_splits)
+    num_splits = cdiv(all_steps, steps)
     slabs = torch.empty((num_splits, num_tokens, num_rows), dtype=torch.float32, device=x.device)
     squares = torch.empty((num_splits, num_tokens), dtype=torch.float32, device=x.device)
     if num_tokens == 0:
@@ -212,18 +214,17 @@ def project(
         "K": k,
         "N": num_rows,
         "NP": padded_rows(num_rows),
-        "SPAN": span,
         "BM": config.block_tokens,
         "BK": config.block_k,
         "V": 8 if x.element_size() == 2 else 4,
         "TERMS": 1 if x.dtype == torch.float32 else 2,
         "UPCAST": is_interpreting() or x.dtype != torch.bfloat16,
         "PRECISION": "tf32" if x.dtype == torch.float16 else "ieee",
-        "EVEN": num_splits * span == k,
+        "EVEN": k % config.block_k == 0,
         "STAGES": config.num_stages,
     }
     grid = (cdiv(num_tokens, config.block_tokens), num_splits)
-    launch(project_kernel, grid, (x, phi, slabs, squares), (num_tokens,), constants, config.num_warps)
+    launch(project_kernel, grid, (x, phi, slabs, squares), (num_tokens, steps), constants, config.num_warps)
     return slabs, squares
 
 

@@ -232,7 +232,7 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
     dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
     dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
     block = 16384 if is_interpreting() else 256
-    constants = {"SIZE": num_rows * k, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 8192 // padded}
+    constants = {"SIZE": num_rows * k, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 4096 // padded}
     grid = (cdiv(num_rows * k, block) + 1,)
     scalars = (num_splits, params.shape[0])
     launch(reduce_kernel, grid, (dphi_slabs, params, dphi, dparams), scalars, constants, 4)
