@@ -73,7 +73,14 @@ INLINE real widen(element x) { return x; }
 INLINE element narrow(real x) { return x; }
 #elif ELEMENT == 1
 INLINE real widen(element x) { return __uint_as_float((u32)x << 16); }
+#if __CUDA_ARCH__ >= 800
 INLINE element narrow(real x) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#else
+INLINE element narrow(real x) {
+  u32 bits = __float_as_uint(x);
+  return x != x ? 0x7fff : (element)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+#endif
 #else
 INLINE real widen(element x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 INLINE element narrow(real x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
@@ -343,14 +350,20 @@ INLINE void fetch_tile(unsigned char* shared, const element* source, i64 first, 
     if (TILE_PIECES % 32 && p >= TILE_PIECES) break;
     i64 here = left - (i64)p * 16;
     int bytes = here >= 16 ? 16 : here > 0 ? (int)here : 0;
-    u32 to = (u32)__cvta_generic_to_shared(shared + piece_at(p) * 16);
+    unsigned char* to = shared + piece_at(p) * 16;
     const unsigned char* piece = bytes ? from + (i64)p * 16 : (const unsigned char*)source;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(piece), "r"(bytes) : "memory");
+#if __CUDA_ARCH__ >= 800
+    u32 address = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(piece), "r"(bytes) : "memory");
+#else
+    for (int k = 0; k < 16; k++) to[k] = k < bytes ? piece[k] : 0;
+#endif
   }
-  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 INLINE void wait_tile() {
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
   __syncwarp();
 }
 // The lane's own matrix, from and to shared memory.
