@@ -1,0 +1,1 @@
+"""Mutation testing of the numerical core: ``python -m tests.mutation``."""
