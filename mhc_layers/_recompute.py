@@ -49,6 +49,7 @@ def kept_bytes(num_tokens: int, num_sites: int, num_streams: int, dim: int, item
     --------
     For bf16 streams, n = 4, C = 4096: 32 KiB for the streams and 8 KiB + 196 bytes for each site.
 
+    >>> from mhc_layers._recompute import kept_bytes
     >>> kept_bytes(1, 1, 4, 4096), kept_bytes(1, 2, 4, 4096) - kept_bytes(1, 1, 4, 4096)
     (41156, 8388)
     """

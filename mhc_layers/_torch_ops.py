@@ -42,6 +42,7 @@ def split_coefficients(coef: Tensor, num_streams: int) -> tuple[Tensor, Tensor, 
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers._torch_ops import split_coefficients
     >>> [tuple(view.shape) for view in split_coefficients(torch.zeros(5, 24), 4)]
     [(5, 4), (5, 4), (5, 4, 4)]
     """

@@ -41,6 +41,17 @@ def _pre_backward_flops(x: tuple[int, ...], phi: tuple[int, ...], *_: Any, **__:
     return 2 * tokens * n * c + 2 * tokens * n * c * (2 * phi[0] + n + 2)
 
 
+def _boundary_forward_flops(
+    x: tuple[int, ...], f: tuple[int, ...], coef: tuple[int, ...], phi: tuple[int, ...], *_: Any, **__: Any
+) -> int:
+    return _post_forward_flops(x) + _pre_forward_flops(x, phi)
+
+
+def _boundary_backward_flops(*shapes: Any, **_: Any) -> int:
+    x, phi = shapes[4], shapes[14]  # gx, gu, dcoef, g, x, ..., next_phi: see the operator's schema
+    return _post_backward_flops(x) + _pre_backward_flops(x, phi)
+
+
 def register_formulas() -> None:
     """Tell :class:`torch.utils.flop_counter.FlopCounterMode` about the operators."""
     ops = torch.ops.mhc_layers
@@ -49,6 +60,8 @@ def register_formulas() -> None:
         (ops.post_forward, _post_forward_flops),
         (ops.post_backward, _post_backward_flops),
         (ops.pre_backward, _pre_backward_flops),
+        (ops.boundary_forward, _boundary_forward_flops),
+        (ops.boundary_backward, _boundary_backward_flops),
     ):
         register_flop_formula(op)(formula)
 
@@ -69,6 +82,7 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
     --------
     With E the bytes of one stream, n = 4 moves 9E for the read, 9E for the write, 10E and 18E for the backward:
 
+    >>> from mhc_layers.kernels.cost import bytes_moved
     >>> [bytes_moved(step, 1, 4, 1000) // 2000 for step in ("pre_forward", "post_forward")]
     [9, 9]
     """

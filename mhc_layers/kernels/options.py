@@ -68,6 +68,7 @@ def site_options(key: str) -> SiteOptions:
     Examples
     --------
     >>> from mhc_layers.conventions import DEEPSEEK_V4
+    >>> from mhc_layers.kernels.options import options_key, site_options
     >>> site_options(options_key(DEEPSEEK_V4))[:4]
     ('damped', 'rows', True, 20)
     """

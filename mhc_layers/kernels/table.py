@@ -163,6 +163,7 @@ def restricted_to(*rows: str) -> Iterator[None]:
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers.kernels.table import leaf, restricted_to
     >>> with restricted_to("plain"):
     ...     leaf("read_forward", torch.zeros(2, 4, 8)).__module__
     'mhc_layers.kernels.plain'
@@ -187,6 +188,7 @@ def explain(x: Tensor) -> dict[str, Resolution[LeafFacts] | str]:
     Examples
     --------
     >>> import torch
+    >>> from mhc_layers.kernels.table import explain
     >>> print(explain(torch.zeros(2, 4, 8, dtype=torch.float64))["read_forward"].row.name)
     plain
     """

@@ -258,6 +258,24 @@ def test_flops_are_counted() -> None:
     assert {OPS.post_forward, OPS.post_backward} <= set(counts)
 
 
+def test_flops_of_a_boundary_are_those_of_its_steps() -> None:
+    first, second = twin_sites(4, 8, PAPER)[0], twin_sites(4, 8, PAPER)[0]
+    x, f = torch.randn(6, 4, 8, requires_grad=True), torch.randn(6, 8)
+
+    def count(fused: bool) -> int:
+        with FlopCounterMode(display=False) as counter:
+            _, state = first.pre(x)
+            if fused:
+                y, u, state = first.boundary(x, f, state, second)
+            else:
+                y = first.post(x, f, state)
+                u, state = second.pre(y)
+            (second.post(y, f, state).sum() + u.sum()).backward()
+        return counter.get_total_flops()
+
+    assert count(fused=True) == count(fused=False)
+
+
 def test_autocast_leaves_streams_and_coefficients_alone() -> None:
     fused, plain = twin_sites(4, 8, PAPER)
     x = torch.randn(3, 4, 8).bfloat16()
