@@ -32,7 +32,8 @@ class FusedState(NamedTuple):
 
     ``coef (..., N)`` holds h_pre, h_post and h_res. ``link`` has the shape of the streams and no data: its *gradient*
     is g = dL/dx_next as it stands, not ``h_res^T g``, so that the backward of the read can write dx once.
-    ``proj (..., N)`` and ``rstd (...)`` are the normalised projections and 1/r, all that the backward needs beyond inputs and outputs.
+    ``proj (..., N)`` and ``rstd (...)`` are the normalised projections and 1/r, all that the backward needs beyond
+    inputs and outputs.
     """
 
     coef: Tensor

@@ -83,8 +83,9 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
     With E the bytes of one stream, n = 4 moves 9E for the read, 9E for the write, 10E and 18E for the backward:
 
     >>> from mhc_layers.kernels.cost import bytes_moved
-    >>> [bytes_moved(step, 1, 4, 1000) // 2000 for step in ("pre_forward", "post_forward")]
-    [9, 9]
+    >>> E = 2 * 8192 * 4096
+    >>> [bytes_moved(step, 8192, 4, 4096) // E for step in ("pre_forward", "post_forward", "post_backward")]
+    [9, 9, 10]
     """
     n = num_streams
     rows = n * (n + 2)
