@@ -73,13 +73,11 @@ class Attention(nn.Module):
         q, k = rotate(turned, *rotary).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             k, v = cache.extend(k, v)
-        repeats = self.num_heads // self.num_kv_heads
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        grouped = self.num_heads != self.num_kv_heads
         num_seen = k.shape[2]
         if cache is None or num_new == num_seen:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             mask = None if num_new == 1 else causal_mask(num_new, num_seen, u.device)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self.output(out.transpose(1, 2).flatten(2))
