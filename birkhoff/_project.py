@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from birkhoff import _math, _xp, rounding
-from birkhoff._dispatch import stack_forward, stack_to_tolerance
+from birkhoff import _dispatch, _math, _xp, rounding
 from birkhoff._iterate import Trace
 from birkhoff._result import Projection, Status
 from birkhoff.adjoints import Implicit
@@ -18,7 +17,7 @@ from birkhoff.solvers import SinkhornKnopp
 from birkhoff.solvers.protocol import Solver
 from birkhoff.support import Support, diagnose_support
 
-__all__ = ["check_logits", "matrix", "project", "sinkhorn"]
+__all__ = ["check_logits", "matrix", "project", "sinkhorn", "stack_vjp"]
 
 Finish = Literal["none", "nonexpansive", "exact"]
 _FINISHES = {"none": None, "nonexpansive": rounding.round_to_nonexpansive, "exact": rounding.round_to_polytope}
@@ -211,13 +210,22 @@ def _solve(
 
 
 def _forward_arrays(stack: Any, solver: Solver, precision: Precision, adjoint: Any) -> Any:
-    return stack_forward(stack, solver, precision, branch=_xp.can_branch(stack))
+    return _dispatch.stack_forward(stack, solver, precision, branch=_xp.can_branch(stack))
 
 
 def _to_tolerance_arrays(
     stack: Any, solver: Solver, precision: Precision, adjoint: Any, trace: Trace | None
 ) -> tuple[Any, Any]:
-    return stack_to_tolerance(stack, solver, precision, trace, branch=_xp.can_branch(stack))
+    return _dispatch.stack_to_tolerance(stack, solver, precision, trace, branch=_xp.can_branch(stack))
+
+
+def stack_vjp(stack: Any, grad_matrix: Any, solver: Solver, precision: Precision) -> Any:
+    """Exact gradient of a fixed number of iterations for a stack ``(B, n, n)``, by whatever serves it best."""
+    return _binding(_xp.array_namespace(stack), "vjp")(stack, grad_matrix, solver, precision)
+
+
+def _vjp_arrays(stack: Any, grad_matrix: Any, solver: Solver, precision: Precision) -> Any:
+    return _dispatch.stack_vjp(stack, grad_matrix, solver, precision, branch=_xp.can_branch(stack))
 
 
 def _may_read_arrays(stack: Any) -> bool:
@@ -227,6 +235,7 @@ def _may_read_arrays(stack: Any) -> bool:
 _ARRAYS: dict[str, Any] = {
     "forward": _forward_arrays,
     "to_tolerance": _to_tolerance_arrays,
+    "vjp": _vjp_arrays,
     "may_read": _may_read_arrays,
 }
 

@@ -301,6 +301,11 @@ def forward(stack: Tensor, solver: Any, precision: Precision, adjoint: Any = Non
     return _pick(_Project, _ProjectForwardMode).apply(stack, plan)
 
 
+def vjp(stack: Tensor, grad_matrix: Tensor, solver: Any, precision: Precision) -> Tensor:
+    """Exact gradient of a fixed number of iterations, itself differentiable."""
+    return _pick(_Vjp, _VjpForwardMode).apply(stack, grad_matrix, _plan(stack, solver, precision))
+
+
 def to_tolerance(
     stack: Tensor, solver: Any, precision: Precision, adjoint: Any = None, trace: Trace | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -328,4 +333,4 @@ def may_read(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-BINDING = {"forward": forward, "to_tolerance": to_tolerance, "may_read": may_read}
+BINDING = {"forward": forward, "to_tolerance": to_tolerance, "vjp": vjp, "may_read": may_read}

@@ -17,6 +17,7 @@ from typing import Any
 
 from birkhoff import _layout, _xp
 from birkhoff._layout import Frame
+from birkhoff._registry import load
 from birkhoff.errors import ShapeError
 from birkhoff.precision import DEFAULT, Precision
 
@@ -66,23 +67,20 @@ class Unrolled:
             raise ShapeError(
                 f"grad_matrix must have the shape of logits, got {tuple(grad_matrix.shape)} and {tuple(logits.shape)}"
             )
-        settled = precision.resolve(logits.dtype)
-        compute, accumulate = (_xp.dtype_of(xp, str(name)) for name in (settled.compute, settled.accumulate))
-        n = logits.shape[-1]
-        stacks = [_xp.astype(xp, xp.reshape(array, (-1, n, n)), compute) for array in (logits, grad_matrix)]
-        if n == 0 or stacks[0].shape[0] == 0:
+        if 0 in logits.shape:
             return xp.zeros_like(logits)
-        branch = _xp.can_branch(logits)
+        n = logits.shape[-1]
+        stacks = [xp.reshape(array, (-1, n, n)) for array in (logits, grad_matrix)]
+        run = load("birkhoff._project:stack_vjp")  # the front door knows the fused kernels, and torch's operators
 
         def sweep(method: Any, *parts: Any) -> Any:
-            values, grads = parts
-            return unrolled_vjp(values, grads, method, xp=xp, accumulate=accumulate, branch=branch)
+            return run(*parts, method, precision)
 
         if num_iters is None:
             grad = sweep(replace(solver, tol=None), *stacks)
         else:
             grad = by_iterations(solver, xp.reshape(num_iters, (-1,)), xp, sweep, *stacks)
-        return _xp.astype(xp, xp.reshape(grad, logits.shape), logits.dtype)
+        return xp.reshape(grad, logits.shape)
 
 
 def by_iterations(solver: Any, counts: Any, xp: Any, function: Any, *stacks: Any) -> Any:
