@@ -80,8 +80,8 @@ SINGLE = ("float32", "float16", "bfloat16")
 PEERS: tuple[Peer, ...] = (
     Peer("pot", "ot", "rows", "numpy", None, "ot.sinkhorn, method 'sinkhorn', at most 100, one matrix a call"),
     Peer("pot_log", "ot", "rows", "numpy", None, "ot.sinkhorn, method 'sinkhorn_log', at most 100, one matrix a call"),
-    Peer("pot_batch", "ot", "columns", "numpy", None, "ot.solve_batch, method 'sinkhorn', tol 1e-5, at most 1000"),
-    Peer("pot_batch_log", "ot", "columns", "numpy", None, "ot.solve_batch, method 'log_sinkhorn', tol 1e-5, at most 1000"),
+    Peer("pot_batch", "ot", "columns", "numpy", None, "ot.solve_batch, 'sinkhorn', tol 1e-5, at most 1000"),
+    Peer("pot_batch_log", "ot", "columns", "numpy", None, "ot.solve_batch, 'log_sinkhorn', tol 1e-5, at most 1000"),
     Peer("lucidrains", "hyper_connections", "rows", "torch", NUM_ITERS, "hyper_connections.mHCv2.sinkhorn_knopps",
          SINGLE),
     Peer(

@@ -76,7 +76,7 @@ CLAIMS: tuple[Claim, ...] = (
         family="closure",
         statement="In a product of any depth L the sums of the exact side are 1 within L (n+2) u: with rows last the "
         "forward gain of the whole depth is 1, with columns last the backward gain.",
-        reference="SPEC 5, numerics 3.3",
+        reference="derivations: spectral_norm_certificate",
         domain="finite logits up to range 1e3, depth up to 64, any truncation",
         method="products of stored matrices in float64",
         provenance="sampled",
@@ -91,7 +91,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="composite_norm_at_most_sqrt_n",
         family="closure",
         statement="The norm of a product of any depth is at most sqrt(n), up to L (n+2) u.",
-        reference="SPEC 5",
+        reference="derivations: spectral_norm_certificate",
         domain="finite logits up to range 1e3, depth up to 64, any truncation",
         method="singular values of float64 products",
         provenance="sampled",
@@ -107,7 +107,7 @@ CLAIMS: tuple[Claim, ...] = (
         family="closure",
         statement="Products of exactly finished matrices stay doubly stochastic: non-negative, both sums 1 within "
         "L (2n+8) u at depth L.",
-        reference="SPEC 5, numerics 5 (i)",
+        reference="derivations: spectral_norm_certificate",
         domain="finite logits up to range 1e3, depth up to 64, finish='exact'",
         method="products of stored matrices in float64",
         provenance="sampled",

@@ -39,7 +39,7 @@ CLAIMS: tuple[Claim, ...] = (
         family="decomposition",
         statement="Weights are >= 0 and sum to 1, at most (n-1)^2 + 1 permutations, and they rebuild the "
         "matrix within its own marginal error (times 4) and 16 n ((n-1)^2 + 1) u.",
-        reference="P20",
+        reference="Birkhoff 1946; Marcus and Ree 1959",
         domain="20 iterations on finite logits up to range 1e3, n <= 5",
         method="weights and permutations checked one by one",
         provenance="sampled",

@@ -47,7 +47,7 @@ CLAIMS: tuple[Claim, ...] = (
         family="parametrization",
         statement="The stated sums are 1 within (p + 8n + 8) u for p parameters and entries lie in [0, 1]; with both "
         "sums norm_2 <= 1; an orthogonal map has Q^T Q = I within n (1 + |parameters|) times that.",
-        reference="SPEC 4, numerics 2.5",
+        reference="derivations: parametrizations",
         domain="Gaussian parameters of size 1e-3 to 1e3, n <= 5",
         method="compensated sums and singular values of the stored entries",
         provenance="sampled",

@@ -85,7 +85,7 @@ CLAIMS: tuple[Claim, ...] = (
         family="rounding",
         statement="round_to_polytope gives non-negative entries and both sums within (n+4) u of 1, plus one cast where "
         "the result is stored in half precision.",
-        reference="SPEC 4, P17, numerics 3.5",
+        reference="Altschuler, Weed and Rigollet 2017, Algorithm 2",
         domain="truncated, crude, raw and sparse matrices from all generators, n <= 8",
         method="compensated sums of the stored entries",
         provenance="sampled",
@@ -100,7 +100,7 @@ CLAIMS: tuple[Claim, ...] = (
         family="rounding",
         statement="round_to_nonexpansive gives sums and norm at most 1, within (n+2) roundings of the sums (float64 "
         "units for float32 values), plus one cast in half precision; no entry grows.",
-        reference="SPEC 4, numerics 3.5",
+        reference="derivations: rounding_to_the_polytope",
         domain="as for rounding_makes_both_sides_exact",
         method="norm decided in exact arithmetic",
         provenance="exact",
@@ -114,7 +114,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="rounding_moves_little",
         family="rounding",
         statement="|B - A|_1 <= 2 (|A 1 - 1|_1 + |A^T 1 - 1|_1), up to rounding.",
-        reference="P17, Altschuler-Weed-Rigollet 2017, Lemma 7",
+        reference="Altschuler, Weed and Rigollet 2017, Lemma 7",
         domain="as for rounding_makes_both_sides_exact",
         method="sums over the entries",
         provenance="sampled",
@@ -127,7 +127,7 @@ CLAIMS: tuple[Claim, ...] = (
         family="rounding",
         statement="Both finishes are within (4n+16) u of the algorithm in exact fractions; doubly stochastic "
         "matrices stay.",
-        reference="numerics 3.5",
+        reference="Altschuler, Weed and Rigollet 2017, Algorithm 2",
         domain="as for rounding_makes_both_sides_exact, n <= 5",
         method="the algorithm re-executed in fractions on the stored entries",
         provenance="exact",

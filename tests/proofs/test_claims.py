@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from proofs import claims, runner, subjects, systems
+from proofs import claims, page, runner, subjects, systems
 from proofs.runner import Profile
 from tests.proofs.test_formal import lemmas
 
@@ -44,3 +46,8 @@ def test_every_claim_holds_for_this_library(backend: str) -> None:
     broken = [f"{outcome.claim.name}: {outcome.subject}" for outcome in outcomes if outcome.verdict == "broken"]
     assert broken == []
     assert sum(outcome.verdict == "holds" for outcome in outcomes) > 50
+
+
+def test_the_committed_page_is_current() -> None:
+    committed = Path(__file__).parents[2] / "docs" / "explanation" / "guarantees" / "claims.md"
+    assert committed.read_text(encoding="utf-8") == page.render(), "run python -m proofs.page on it"

@@ -1,0 +1,111 @@
+"""Write the page of all claims: ``python -m proofs.page docs/explanation/guarantees/claims.md``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from proofs import claims
+from proofs._claim import Claim
+
+__all__ = ["main", "render"]
+
+_FAMILIES: dict[str, tuple[str, str]] = {
+    "marginals": ("Sums and entries", "sinkhorn_knopp, rounding_errors"),
+    "spectral_norm": ("Spectral norm", "spectral_norm_certificate"),
+    "closure": ("Products", "spectral_norm_certificate"),
+    "identity": ("Known answers and symmetries", "sinkhorn_knopp"),
+    "roundoff": ("Rounding", "rounding_errors, log_domain"),
+    "gradients": ("Gradients", "exact_adjoint"),
+    "batch": ("Behaviour", ""),
+    "euclidean": ("Euclidean projection", "euclidean_projection"),
+    "certificate": ("Certificates", "spectral_norm_certificate"),
+    "rounding": ("Finishes", "rounding_to_the_polytope"),
+    "decomposition": ("Decomposition", "birkhoff_von_neumann"),
+    "parametrization": ("Parametrizations", "parametrizations"),
+    "layer": ("The layer", "layer_forward, layer_backward"),
+}
+"""Heading and derivation pages of each family."""
+
+_HEAD = """# The claims
+
+This page is written by `python -m proofs.page`; do not edit it. It lists every statement that the library makes about
+its numbers: {count} claims, {lemmas} machine-checked lemmas behind them ({doc}`theorems`).
+
+How to read an entry:
+
+- **Domain**: the inputs that the statement is about. Outside of it nothing is claimed.
+- **Checked by**: `exact` means decided without rounding on each example, `enclosure` by ball arithmetic on each
+  example, `sampled` by floating-point measurement on each example. In all three cases the *examples* are samples of the
+  domain: a claim that holds has not been refuted, which is no proof. What is proved is the lemma, about real numbers.
+- **Lemma**: the theorem about exact arithmetic that the statement rests on. It does not cover `exp`, a compiler, or
+  that the code computes the model; that gap is what the examples look for.
+- u is the unit roundoff of the dtype that is computed in: 2^-53 for float64, 2^-24 for float32 and half precisions.
+  The *accuracy contract* is 4 n u max(1, logit range / 16).
+
+Every claim is tried on code that is wrong in its way and must reject it: `tests/proofs/test_broken_projections.py` and
+`tests/proofs/test_broken_systems.py`. {doc}`how_claims_are_checked` says more, and {doc}`peers` shows the same claims
+on other libraries.
+""".replace("{doc}", "{{doc}}")
+
+
+def _lemmas(claim: Claim) -> list[str]:
+    return [name for name in (claim.lemma, *claim.lemmas) if name is not None]
+
+
+def _entry(claim: Claim) -> list[str]:
+    lemmas = ", ".join(f"`{name}`" for name in _lemmas(claim)) or "none"
+    return [
+        f"(claim-{claim.name.replace('_', '-')})=",
+        f"### {claim.name}",
+        "",
+        _plain(claim.statement),
+        "",
+        f"- Domain: {_plain(claim.domain)}.",
+        f"- Checked by: `{claim.provenance}`; {_plain(claim.method)}.",
+        f"- Lemma: {lemmas}.",
+        f"- From: {_plain(claim.reference)}.",
+        "",
+    ]
+
+
+def _plain(text: str) -> str:
+    """Keep Markdown from reading formulas as markup."""
+    for character in ("_", "*", "|", "<", ">", "[", "]", "$"):
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def render() -> str:
+    """Return the page."""
+    named = {name for claim in claims.CLAIMS for name in _lemmas(claim)}
+    lines = [_HEAD.format(count=len(claims.CLAIMS), lemmas=len(named))]
+    for family, (heading, derivations) in _FAMILIES.items():
+        chosen = claims.select([family])
+        lines += [f"(claims-{family.replace('_', '-')})=", f"## {heading}", "", f"Module `proofs.{family}`.", ""]
+        if derivations:
+            pages = ", ".join(f"{{doc}}`/derivations/{page.strip()}`" for page in derivations.split(","))
+            lines += [f"Derivation: {pages}.", ""]
+        for claim in chosen:
+            lines += _entry(claim)
+    lines += ["## Lemma by lemma", "", "| lemma | claims that rest on it |", "|---|---|"]
+    for name in sorted(named):
+        users = [c for c in claims.CLAIMS if name in _lemmas(c)]
+        links = ", ".join(f"[{_plain(c.name)}](#claim-{c.name.replace('_', '-')})" for c in users)
+        lines.append(f"| `{name}` | {links} |")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m proofs.page", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("page", type=Path, help="the Markdown file to write")
+    options = parser.parse_args(arguments)
+    options.page.write_text(render(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
