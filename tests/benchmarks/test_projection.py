@@ -1,0 +1,78 @@
+"""The projection benchmark: a contestant that is wrong is named and not timed, and a report says what it needs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import projection
+from benchmarks.__main__ import main
+from benchmarks.projection import Case, Contestant, measure
+from birkhoff import reference
+
+SMALL = Case(3, 40)
+
+
+def timer(calls: Any) -> tuple[float, float]:
+    for call in calls:
+        call()
+    return 2.0, 1.0
+
+
+def contestant(function: Any, computes: str = "columns", **options: Any) -> Contestant:
+    return Contestant("someone", "numpy", computes, lambda case, x, g: lambda: function(x, g), **options)
+
+
+def test_a_right_answer_is_timed_and_scaled_to_the_whole_batch() -> None:
+    row = measure(contestant(lambda x, g: reference.sinkhorn(x), share=0.25), SMALL, timer)
+    assert (row["median"], row["fastest"]) == (8.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "computes", "message"),
+    [
+        (lambda x, g: reference.sinkhorn(x, 19), "columns", "entries off"),
+        (lambda x, g: reference.sinkhorn(x * 3, first="rows"), "columns", "entries off"),
+        (lambda x, g: np.full_like(x, np.nan), "columns", "entries off"),
+        (lambda x, g: reference.sinkhorn(5 * x), "limit", "marginals off"),
+    ],
+)
+def test_a_wrong_answer_is_named_and_not_timed(function: Any, computes: str, message: str) -> None:
+    row = measure(contestant(function, computes), SMALL, timer)
+    assert message in row["wrong"] and "median" not in row
+
+
+def test_a_wrong_gradient_is_named() -> None:
+    both = Case(3, 40, gradient=True)
+    right = contestant(lambda x, g: (reference.sinkhorn(x), reference.gradient(x, g)))
+    wrong = contestant(lambda x, g: (reference.sinkhorn(x), -reference.gradient(x, g)))
+    assert "median" in measure(right, both, timer) and "gradient off" in measure(wrong, both, timer)["wrong"]
+
+
+def test_missing_refusing_and_failing_contestants_are_lines_of_the_report() -> None:
+    def fail(x: Any, g: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    missing = Contestant("someone", "no_such_package_at_all", "columns", lambda *_: fail)  # type: ignore[arg-type, return-value]
+    assert "not installed" in measure(missing, SMALL, timer)["skipped"]
+    assert measure(contestant(fail, serves=lambda case: "not today"), SMALL, timer)["skipped"] == "not today"
+    assert measure(contestant(fail), SMALL, timer)["failed"] == "RuntimeError: out of luck"
+
+
+def test_the_command_writes_a_dated_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "CASES", (SMALL,))
+    arguments = ["projection", "--names", "birkhoff, NumPy", "--json", str(tmp_path / "r.json"), "--markdown"]
+    assert main([*arguments, str(tmp_path / "r.md")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {"date", "device", "commit", "versions"} <= set(report["machine"])
+    page = (tmp_path / "r.md").read_text()
+    assert "python -m benchmarks projection" in page and SMALL.title in page
+
+
+def test_an_unknown_subject_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nonsense"]) == 2
+    assert "projection" in capsys.readouterr().err
