@@ -281,8 +281,14 @@ def _survives(row: dict[str, Any]) -> Iterator[None]:
         row["skipped"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
 
 
-def run(shapes: list[tuple[int, int]], n: int, names: list[str] | None, chain: int) -> dict[str, Any]:
-    """Measure every implementation at every shape."""
+def run(
+    shapes: list[tuple[int, int]],
+    n: int,
+    names: list[str] | None,
+    chain: int,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measure every implementation at every shape; ``save`` gets the report after each, so that a stop loses one."""
     rate = copy_rate()
     report: dict[str, Any] = {"machine": machine(PACKAGES), "copy_bytes_per_second": rate, "streams": n, "shapes": []}
     for m, c in shapes:
@@ -290,6 +296,7 @@ def run(shapes: list[tuple[int, int]], n: int, names: list[str] | None, chain: i
         floor_us = {step: count * stream / rate * 1e6 for step, count in floors(n).items()}
         inputs = [Inputs.random(m, n, c, seed) for seed in range(2 if stream * (n + 1) > 3e7 else 6)]
         shape: dict[str, Any] = {"tokens": m, "dim": c, "floor_us": floor_us, "rows": []}
+        report["shapes"].append(shape)
         for peer in (*OURS, *PEERS):
             if names and peer.name not in names:
                 continue
@@ -297,10 +304,10 @@ def run(shapes: list[tuple[int, int]], n: int, names: list[str] | None, chain: i
             with _survives(row), restricted_to(*peer.rows) if peer.rows else contextlib.nullcontext():
                 row = measure(peer, n, c, inputs, chain)
             shape["rows"].append(row)
+            save(report)
             print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)
             free()
             torch.compiler.reset()
-        report["shapes"].append(shape)
         del inputs
         free()
     return report
@@ -331,10 +338,14 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks layer needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
     else:
-        report = run(arguments.shapes, arguments.streams, arguments.names, arguments.chain)
-        report["command"] = shlex.join(["python", "-m", "benchmarks", "layer", *(argv or sys.argv[2:])])
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        command = shlex.join(["python", "-m", "benchmarks", "layer", *(sys.argv[1:] if argv is None else argv)])
+
+        def save(report: dict[str, Any]) -> None:
+            report["command"] = command
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+        report = run(arguments.shapes, arguments.streams, arguments.names, arguments.chain, save)
     text = markdown(report)
     print(text)
     if arguments.markdown is not None:

@@ -173,8 +173,15 @@ def measure(variant: Variant, dim: int, num_layers: int, batch: int, sequence: i
     return row
 
 
-def run(dims: list[int], num_layers: int, batch: int, sequence: int, names: list[str] | None) -> dict[str, Any]:
-    """Measure every variant at every width."""
+def run(
+    dims: list[int],
+    num_layers: int,
+    batch: int,
+    sequence: int,
+    names: list[str] | None,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measure every variant at every width; ``save`` gets the report after each, so that a stop loses one."""
     rate = copy_rate()
     report: dict[str, Any] = {"machine": machine(PACKAGES), "copy_bytes_per_second": rate, "widths": []}
     report |= {"layers": num_layers, "batch": batch, "sequence": sequence}
@@ -182,6 +189,7 @@ def run(dims: list[int], num_layers: int, batch: int, sequence: int, names: list
         stream = 2 * batch * sequence * dim
         floor = 2 * num_layers * floors(4)["both"] * stream / rate * 1e6
         width: dict[str, Any] = {"dim": dim, "connections_floor_us": floor, "rows": []}
+        report["widths"].append(width)
         expected: dict[str, Any] = {}
         for variant in VARIANTS:
             if names and variant.name not in names:
@@ -194,11 +202,11 @@ def run(dims: list[int], num_layers: int, batch: int, sequence: int, names: list
                     f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
                 )
             width["rows"].append(row)
+            save(report)
             print(f"C={dim} {json.dumps(row)}", file=sys.stderr, flush=True)
             free()
             with contextlib.suppress(Exception):
                 torch.compiler.reset()
-        report["widths"].append(width)
     return report
 
 
@@ -266,10 +274,15 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks training needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
     else:
-        report = run(arguments.dims, arguments.layers, arguments.batch, arguments.sequence, arguments.names)
-        report["command"] = shlex.join(["python", "-m", "benchmarks", "training", *(argv or sys.argv[2:])])
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        command = shlex.join(["python", "-m", "benchmarks", "training", *(sys.argv[1:] if argv is None else argv)])
+
+        def save(report: dict[str, Any]) -> None:
+            report["command"] = command
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+        shape = (arguments.layers, arguments.batch, arguments.sequence)
+        report = run(arguments.dims, *shape, arguments.names, save)
     text = markdown(report)
     print(text)
     if arguments.markdown is not None:
