@@ -63,7 +63,7 @@ def _iterate_to_tolerance(solver: Any, frame: Frame, logits: Any, trace: Trace |
     xp, where = frame.xp, _xp.device(logits)
     state = solver.init(logits, frame)
     size = logits.shape[frame.batch]
-    positions = xp.arange(size, device=where)
+    positions = xp.arange(size, dtype=xp.int32, device=where)
     counts = xp.zeros((size,), dtype=xp.int32, device=where)
     active = _unfinished(solver, state, frame) if hasattr(solver, "target") else xp.ones_like(counts, dtype=xp.bool)
     done: list[tuple[Any, ...]] = []

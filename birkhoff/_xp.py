@@ -113,8 +113,16 @@ def detach(array: Any) -> Any:
 
 
 def can_branch(array: Any) -> bool:
-    """Whether Python may look at the values at no cost: host arrays of a library that does not trace."""
-    return isinstance(array, np.ndarray) or type(array).__module__.startswith("array_api_strict")
+    """Whether Python may look at the values at no cost: host arrays of a library that does not trace.
+
+    Looking means sorting by index too, so a device without 64-bit integers does not count.
+    """
+    if isinstance(array, np.ndarray):
+        return True
+    if not type(array).__module__.startswith("array_api_strict"):
+        return False
+    info = array.__array_namespace__().__array_namespace_info__()
+    return "int64" in info.dtypes(device=array.device, kind="signed integer")
 
 
 def to_numpy(array: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import array_api_strict
 import numpy as np
 import pytest
 
@@ -61,6 +62,17 @@ def test_finite_logits_of_any_size_give_no_nan(rng: Any) -> None:
         with np.errstate(all="raise"):
             got = birkhoff.sinkhorn(stack)
         assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("device", ["no_float64", "no_x64"])
+def test_devices_without_double_precision(device: str, rng: Any) -> None:
+    where = array_api_strict.Device(device)
+    values = np.concatenate([rng.normal(size=(10, 4, 4)) * std for std in (1, 20, 100)]).astype(np.float32)
+    for solver in (SinkhornKnopp(), SinkhornLog(tol=1e-3, num_iters=2000), Newton()):
+        result = birkhoff.project(array_api_strict.asarray(values, device=where), solver)
+        assert result.matrix.device == result.status.device == where
+        expected = birkhoff.project(values, solver).matrix
+        assert np.abs(to_numpy(result.matrix) - expected).max() <= (5e-6 if solver.tol is None else 2e-2)
 
 
 def test_status_without_a_tolerance_judges_the_matrix(rng: Any) -> None:
