@@ -60,6 +60,14 @@ CERTIFIERS: dict[str, tuple[Callable[[], Certifier], ...]] = {
         lambda: replace(systems.certifier(NUMPY), certify=_lapack),
         lambda: _certifier(lambda c, m: {"norm2_upper": np.ones_like(c["norm2_upper"])}),
     ),
+    "certificate_holds_on_every_vertex": (
+        lambda: _certifier(lambda c, m: {"norm2_upper": c["norm2_upper"] * (1 - 1e-13)}),
+        lambda: _certifier(lambda c, m: {"norm2_upper": np.ones_like(c["norm2_upper"])}),
+    ),
+    "certificate_holds_in_bulk": (
+        lambda: replace(systems.certifier(NUMPY), certify=_lapack),
+        lambda: _certifier(lambda c, m: {"norm2_lower": c["norm2_upper"] * (1 + 1e-13)}),
+    ),
     "certificate_is_tight": (
         lambda: replace(systems.certifier(NUMPY), certify=_schur_only),
         lambda: _certifier(lambda c, m: {"norm2_upper": c["norm2_upper"] * 1.001}),
