@@ -250,8 +250,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="certificate_refuses_what_it_cannot_bound",
         family="certificate",
-        statement="A negative or non-finite entry gives norm2_upper = +inf for its matrix (a negative one not where every "
-        "line has one nonzero entry, whose norm is known), and changes no other.",
+        statement="A negative or non-finite entry gives norm2_upper = +inf for its matrix (a negative one not where "
+        "every line has one nonzero entry, whose norm is known), and changes no other.",
         reference="derivations: spectral_norm_certificate",
         domain="one entry replaced by -1e-3, NaN, +inf, -inf; 2 <= n <= 8",
         method="compared bit for bit",
