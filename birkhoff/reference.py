@@ -105,7 +105,7 @@ def sinkhorn_damped(
 def converged(logits: npt.ArrayLike, *, tol: float = 1e-13, max_iters: int = 200) -> npt.NDArray[np.float64]:
     r"""The limit :math:`M_\infty` of (R4), the Kullback-Leibler projection of :math:`\exp(X)`, for finite logits.
 
-    Newton's method on the concave dual with the rows eliminated, one matrix at a time, with bisected steps:
+    Newton's method on the convex dual with the rows eliminated, one matrix at a time, steps halved until it falls:
 
     .. math:: P = \operatorname{softmax}_{\text{rows}}(X + 1 g^\top), \quad
               (\operatorname{diag}(P^\top 1) - P^\top P + \tfrac1n 11^\top)\, \delta = 1 - P^\top 1          \tag{R8}
@@ -135,44 +135,28 @@ def converged(logits: npt.ArrayLike, *, tol: float = 1e-13, max_iters: int = 200
 
 def _newton_limit(logits: Array, tol: float, max_iters: int) -> Array:
     n = logits.shape[-1]
-    potential = np.zeros(n)
+    g = np.zeros(n)
 
-    def value(g: Array) -> float:
-        shifted = logits + g
-        peak = shifted.max(axis=-1)
-        return float(np.sum(peak + np.log(np.exp(shifted - peak[:, None]).sum(axis=-1))) - g.sum())
+    def log_rows_normalised(g: Array) -> Array:
+        return _log_divide(logits + g, -1)
+
+    def dual(g: Array) -> float:
+        return float(np.sum(np.logaddexp.reduce(logits + g, axis=-1)) - g.sum())
 
     for _ in range(max_iters):
-        matrix = np.exp(_log_divide(logits + potential, -1))
+        g = g - np.logaddexp.reduce(log_rows_normalised(g), axis=0)  # one Sinkhorn iteration: columns, then rows
+        matrix = np.exp(log_rows_normalised(g))
         columns = matrix.sum(axis=0)
-        gradient_ = columns - 1.0
-        if np.abs(gradient_).max() <= tol:
+        if np.abs(columns - 1.0).max() <= tol:
             return matrix
-        if np.abs(gradient_).max() > 0.5:  # far away: a column normalisation, which never increases the dual
-            potential = potential - _log_column_sums(logits + potential)
-            potential = potential - potential.mean()
-        hessian = np.diag(matrix.sum(axis=0)) - matrix.T @ matrix + 1.0 / n
-        matrix = np.exp(_log_divide(logits + potential, -1))
-        gradient_ = matrix.sum(axis=0) - 1.0
-        hessian = np.diag(matrix.sum(axis=0)) - matrix.T @ matrix + 1.0 / n + 1e-300 * np.eye(n)
-        step = np.linalg.lstsq(hessian, -gradient_, rcond=1e-300)[0]
-        slope, start, length = float(gradient_ @ step), value(potential), 1.0
-        while length > 1e-12 and value(potential + length * step) > start + 1e-4 * length * slope + 1e-15 * abs(start):
+        hessian = np.diag(columns) - matrix.T @ matrix + 1.0 / n  # (R8)
+        step = np.linalg.lstsq(hessian, 1.0 - columns, rcond=None)[0]
+        length = 1.0
+        while length > 1e-9 and dual(g + length * step) > dual(g):
             length /= 2.0
-        potential = potential + length * step
-    matrix = np.exp(_log_divide(logits + potential, -1))
-    worst = float(np.abs(matrix.sum(axis=0) - 1.0).max())
-    if worst <= tol:
-        return matrix
-    raise ArithmeticError(
-        f"the limit was not reached: max |column sum - 1| = {worst:.2e} after {max_iters} Newton steps"
-    )
-
-
-def _log_column_sums(log_matrix: Array) -> Array:
-    rows = _log_divide(log_matrix, -1)
-    peak = rows.max(axis=0)
-    return np.asarray(peak + np.log(np.exp(rows - peak).sum(axis=0)))
+        g = g + length * step
+    worst = float(np.abs(np.exp(log_rows_normalised(g)).sum(axis=0) - 1.0).max())
+    raise ArithmeticError(f"the limit was not reached: max |column sum - 1| = {worst:.2e} after {max_iters} steps")
 
 
 def gradient(

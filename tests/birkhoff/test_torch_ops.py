@@ -147,7 +147,11 @@ def test_opcheck(op: str) -> None:
 
 @pytest.mark.parametrize(
     "solver",
-    [SinkhornKnopp(num_iters=4), Newton(), pytest.param(Euclidean(num_iters=10), marks=pytest.mark.slow)],
+    [
+        SinkhornKnopp(num_iters=4),
+        pytest.param(Newton(), marks=pytest.mark.slow),
+        pytest.param(Euclidean(num_iters=10), marks=pytest.mark.slow),
+    ],
     ids=to_text,
 )
 def test_compiles_as_one_graph_with_its_gradient_and_any_batch(solver: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import birkhoff
 from tests.backends import BACKENDS, Backend, to_numpy
-from tests.contracts.cases import SINKHORN, adversarial, gaussian, oracle, solver_id, unit
+from tests.contracts.cases import SINKHORN, SOLVERS, adversarial, gaussian, oracle, solver_id, unit
 
 
 @pytest.mark.parametrize("kind", SINKHORN, ids=solver_id)
@@ -28,7 +28,7 @@ def test_entries_are_within_the_contract(kind: type, backend: Backend, dtype: An
         assert (error <= 4 * n * unit(dtype) * np.maximum(1, spread / 16)).all(), n
 
 
-@pytest.mark.parametrize("kind", SINKHORN, ids=solver_id)
+@pytest.mark.parametrize("kind", SOLVERS, ids=solver_id)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [1, 4, 9, 40])
 def test_numpy_and_strict_give_the_same_bits(kind: type, dtype: Any, n: int, rng: Any) -> None:
