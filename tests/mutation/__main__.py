@@ -1,9 +1,8 @@
 """``python -m tests.mutation``: change the numerical core in one place at a time and see whether anything notices.
 
 Every mutant is imported in a forked process and tried first on the claims of `proofs` (fast), then on the module's own
-tests. A mutant that nothing rejects is a survivor and is listed; ``--accept FILE`` gives arguments for survivors that
-change nothing that is claimed (equivalent mutants). ``--sample N`` tries N mutants a module; without it all are tried,
-which takes about an hour on two cores.
+tests. A mutant that nothing rejects is a survivor and is listed. ``--sample N`` tries N mutants a module; without it
+all are tried, which takes about an hour on two cores. ``--again FILE --effort 100`` tries the survivors of a run harder.
 """
 
 from __future__ import annotations
@@ -56,7 +55,13 @@ class Target:
 
 _ALL = ("SinkhornKnopp", "SinkhornLog", "SinkhornDamped", "Newton", "Euclidean")
 _CONTRACTS = ("tests/contracts",)
-_SOLVERS = ("tests/birkhoff/test_solvers.py", "tests/birkhoff/test_project.py", "tests/birkhoff/test_adjoints.py")
+_SURVIVORS = ("tests/mutation/test_survivors.py",)
+_SOLVERS = (
+    *_SURVIVORS,
+    "tests/birkhoff/test_solvers.py",
+    "tests/birkhoff/test_project.py",
+    "tests/birkhoff/test_adjoints.py",
+)
 
 TARGETS: tuple[Target, ...] = (
     Target("birkhoff.solvers.sinkhorn_knopp", ("SinkhornKnopp",), False, (*_SOLVERS, *_CONTRACTS)),
@@ -72,8 +77,8 @@ TARGETS: tuple[Target, ...] = (
     Target("birkhoff.solvers.range_cap", ("SinkhornKnopp", "SinkhornDamped"), False, (*_SOLVERS, *_CONTRACTS)),
     Target("birkhoff.solvers.protocol", ("SinkhornKnopp",), False, (*_SOLVERS, *_CONTRACTS)),
     Target("birkhoff._math", _ALL, False, (*_SOLVERS, "tests/birkhoff/test_newton.py", *_CONTRACTS)),
-    Target("birkhoff.certificates", (), True, ("tests/birkhoff/test_certificates.py",)),
-    Target("birkhoff.rounding", (), True, ("tests/birkhoff/test_rounding.py",)),
+    Target("birkhoff.certificates", (), True, (*_SURVIVORS, "tests/birkhoff/test_certificates.py")),
+    Target("birkhoff.rounding", (), True, (*_SURVIVORS, "tests/birkhoff/test_rounding.py")),
 )
 
 
@@ -95,7 +100,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, str(self.path), "exec"), module.__dict__)
 
 
-def _claims_reject(target: Target) -> str | None:
+def _claims_reject(target: Target, effort: Profile) -> str | None:
     """Name the first claim that the changed module breaks."""
     numpy = subjects.backend("numpy")
     solvers = importlib.import_module("birkhoff.solvers")
@@ -110,12 +115,12 @@ def _claims_reject(target: Target) -> str | None:
         for subject in found:
             if getattr(subject, "kind", "projection") != claim.kind:
                 continue
-            if runner.run_claim(claim, subject, EFFORT).verdict == "broken":
+            if runner.run_claim(claim, subject, effort).verdict == "broken":
                 return f"claim {claim.name}"
     return None
 
 
-def _child(target: Target, source: str, pipe: int) -> None:
+def _child(target: Target, source: str, effort: Profile, pipe: int) -> None:
     """Import the mutant and report who noticed, on a pipe."""
     for name in [
         name for name in sys.modules if name == "birkhoff" or name.startswith(("birkhoff.", "tests.birkhoff"))
@@ -129,7 +134,7 @@ def _child(target: Target, source: str, pipe: int) -> None:
             np.seterr(all="ignore")
             importlib.import_module(target.module)
             importlib.import_module("birkhoff")
-            verdict = _claims_reject(target)
+            verdict = _claims_reject(target, effort)
         except BaseException as error:
             verdict = f"{type(error).__name__} on import or use"
         if verdict is None:
@@ -140,14 +145,14 @@ def _child(target: Target, source: str, pipe: int) -> None:
     os.write(pipe, (verdict or "survived").encode())
 
 
-def try_mutant(target: Target, source: str) -> str:
+def try_mutant(target: Target, source: str, effort: Profile = EFFORT) -> str:
     """Return who rejected the mutant: a claim, the tests, a timeout; or ``"survived"``."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         with contextlib.suppress(BaseException):
-            _child(target, source, writing)
+            _child(target, source, effort, writing)
         os._exit(0)
     os.close(writing)
     deadline, status = time.monotonic() + TIMEOUT, 0
@@ -166,14 +171,22 @@ def try_mutant(target: Target, source: str) -> str:
     return text or f"crash with status {status}"
 
 
-def run(target: Target, sample: int | None, seed: int) -> list[tuple[Mutant, str]]:
-    """Try the mutants of one module, or a random sample of them."""
+def _key(mutant: Mutant) -> tuple[str, str, str]:
+    return mutant.kind, mutant.before, mutant.after
+
+
+def run(
+    target: Target, sample: int | None, seed: int, effort: Profile, only: set[tuple[str, str, str]] | None = None
+) -> list[tuple[Mutant, str]]:
+    """Try the mutants of one module, a random sample of them, or those with the given kind, before and after."""
     found = list(mutants(target.path.read_text(encoding="utf-8")))
+    if only is not None:
+        found = [mutant for mutant in found if _key(mutant) in only]
     if sample is not None and sample < len(found):
         found = sorted(random.Random(seed).sample(found, sample), key=lambda mutant: mutant.line)
     results = []
     for mutant in found:
-        results.append((mutant, try_mutant(target, mutant.source)))
+        results.append((mutant, try_mutant(target, mutant.source, effort)))
     return results
 
 
@@ -183,19 +196,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--module", action="append", help="only these modules")
     parser.add_argument("--sample", type=int, help="so many mutants of each module")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write every mutant and who rejected it; read back to resume")
+    parser.add_argument("--json", type=Path, help="write every mutant and who rejected it")
+    parser.add_argument("--again", type=Path, nargs="*", help="only the survivors in these JSON files")
+    parser.add_argument("--effort", type=int, default=EFFORT.max_examples, help="stacks of examples for each claim")
     parser.add_argument("--floor", type=float, default=0.95, help="the share that must be rejected (default 0.95)")
     options = parser.parse_args(arguments)
+    effort = Profile("mutation", options.effort, shrink_budget=0)
+    survivors: dict[str, set[tuple[str, str, str]]] = {}
+    for path in options.again or ():
+        for record in json.loads(path.read_text(encoding="utf-8")):
+            if record["verdict"] == "survived":
+                key = (record["kind"], record["before"], record["after"])
+                survivors.setdefault(record["module"], set()).add(key)
     records: list[dict[str, Any]] = []
     for target in TARGETS:
         if options.module and target.module not in options.module:
             continue
-        baseline = try_mutant(target, target.path.read_text(encoding="utf-8"))
+        if options.again and target.module not in survivors:
+            continue
+        baseline = try_mutant(target, target.path.read_text(encoding="utf-8"), effort)
         if baseline != "survived":
             print(f"{target.module}: the unchanged module is rejected by {baseline}; nothing can be learnt", flush=True)
             return 2
         started = time.monotonic()
-        results = run(target, options.sample, options.seed)
+        results = run(target, options.sample, options.seed, effort, survivors.get(target.module))
         for mutant, verdict in results:
             records.append(
                 {
