@@ -19,6 +19,7 @@ from birkhoff import _math, _xp
 __all__ = ["Frame", "any_range", "frame_for", "map_pieces", "split_by_range"]
 
 _PIECE_BYTES = 3 << 17  # of one stack of matrices, in float32; a step touches about four
+_TAPE_ENTRIES = 1 << 22  # of one iterate where all of them are kept, on a device
 _SMALL_ORDER = 32
 _SMALL_BATCH = 16
 
@@ -79,30 +80,36 @@ def map_pieces(
     branch: bool,
     keeps_tape: bool = False,
 ) -> tuple[Any, ...]:
-    """Apply ``function(frame, *stacks)`` to a batch, piece by piece where that is faster.
+    """Apply ``function(frame, *stacks)`` to a batch, in pieces where that is faster or saves memory.
 
-    ``stacks`` have shape ``(B, n, n)``, results ``(B, n, n)`` or ``(B, 1, 1)``. Without ``branch`` the whole batch is
-    one piece in its own layout. A function that keeps every iterate gets pieces of half the size.
+    ``stacks`` have shape ``(B, n, n)``, results ``(B, n, n)`` or ``(B, 1, 1)``. With ``branch`` pieces fit the
+    second-level cache, small matrices with the batch as the last axis. Without it the batch is one piece, except for a
+    function that keeps every iterate: its pieces bound the memory that these take.
     """
     batch, n = stacks[0].shape[0], stacks[0].shape[-1]
-    if not branch or n > _SMALL_ORDER or batch < _SMALL_BATCH:
-        return function(frame_for(xp, accumulate, branch=branch), *stacks)
-    frame = Frame(xp, 0, 1, accumulate, branch)
-    length = max(_SMALL_BATCH, (_PIECE_BYTES >> keeps_tape) // (n * n * 4))
+    lanes = branch and n <= _SMALL_ORDER and batch >= _SMALL_BATCH
+    frame = Frame(xp, 0, 1, accumulate, branch) if lanes else frame_for(xp, accumulate, branch=branch)
+    entries = (_PIECE_BYTES >> keeps_tape) // 4 if branch else _TAPE_ENTRIES if keeps_tape else batch * n * n
+    length = max(_SMALL_BATCH if lanes else 1, entries // (n * n))
+    if length >= batch and not lanes:
+        return function(frame, *stacks)
 
     def run(start: int) -> tuple[Any, ...]:
-        stop = min(start + length, batch)
+        pieces = [stack[start : min(start + length, batch), ...] for stack in stacks]
         with _xp.quiet(stacks[0]):  # a thread starts with NumPy's own error state
-            return function(frame, *(_batch_last(xp, stack[start:stop, ...]) for stack in stacks))
+            if not lanes:
+                return function(frame, *pieces)
+            moved = function(frame, *(_batch_last(xp, piece) for piece in pieces))
+            return tuple(xp.permute_dims(array, (2, 0, 1)) for array in moved)
 
     results: list[Any] = []
     starts = range(0, batch, length)
-    for start, pieces in zip(starts, _in_threads(run, starts, xp), strict=True):
+    for start, arrays in zip(starts, _in_threads(run, starts, xp), strict=True):
         if not results:
             where = _xp.device(stacks[0])
-            results = [xp.empty((batch, *piece.shape[:2]), dtype=piece.dtype, device=where) for piece in pieces]
-        for result, piece in zip(results, pieces, strict=True):
-            result[start : min(start + length, batch), ...] = xp.permute_dims(piece, (2, 0, 1))
+            results = [xp.empty((batch, *array.shape[1:]), dtype=array.dtype, device=where) for array in arrays]
+        for result, array in zip(results, arrays, strict=True):
+            result[start : min(start + length, batch), ...] = array
     return tuple(results)
 
 
