@@ -2,7 +2,7 @@
 
 Every mutant is imported in a forked process and tried first on the claims of `proofs` (fast), then on the module's own
 tests. A mutant that nothing rejects is a survivor and is listed. ``--sample N`` tries N mutants a module; without it
-all are tried, which takes about an hour on two cores. ``--again FILE --effort 100`` tries the survivors of a run harder.
+all are tried, which takes about an hour on two cores. ``--again FILE --effort 100`` tries survivors harder.
 """
 
 from __future__ import annotations
