@@ -293,8 +293,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Command: `{report['command']}`.",
         "",
         "float32, 20 iterations; every line passed its comparison with the float64 oracle before it was timed. The "
-        "ratio is of the fastest call to the fastest of ours that runs the iteration. The loop over matrices is timed on "
-        "1/64 of the batch.",
+        "ratio is of the fastest call to the fastest of ours that runs the iteration. The loop over matrices is timed "
+        "on 1/64 of the batch.",
     ]
     for result in report["results"]:
         lines += ["", f"## {result['case']['title']}", "", _table(result)]
