@@ -31,7 +31,8 @@ def run(solver: Any, logits: Any, *, xp: Any, accumulate: Any, branch: bool) -> 
         return _layout.split_by_range(solver, frame, (part,), iterate)
 
     with _xp.quiet(logits):
-        return _layout.map_pieces(piece, xp, (logits,), accumulate, branch=branch)[0]
+        gains = getattr(solver, "products_from", None)
+        return _layout.map_pieces(piece, xp, (logits,), accumulate, branch=branch, products_from=gains)[0]
 
 
 def run_to_tolerance(

@@ -20,7 +20,7 @@ __all__ = ["Frame", "any_range", "frame_for", "map_pieces", "split_by_range"]
 
 _PIECE_BYTES = 3 << 17  # of one stack of matrices, in float32; a step touches about four
 _TAPE_ENTRIES = 1 << 22  # of one iterate where all of them are kept, on a device
-_SMALL_ORDER = 32
+_SMALL_ORDER = 64
 _SMALL_BATCH = 16
 
 
@@ -29,7 +29,7 @@ class Frame:
     """Namespace, matrix axes and sum dtype that a solver works with.
 
     Summing over axis ``i`` runs over the rows, and gives column sums; over axis ``j``, row sums. With ``branch`` the
-    values may be looked at.
+    values may be looked at. With ``products`` sums of products are matrix products, in full precision.
     """
 
     xp: Any
@@ -37,6 +37,7 @@ class Frame:
     j: int
     accumulate: Any
     branch: bool = False
+    products: bool = False
 
     def order(self, first: str) -> tuple[int, int]:
         """The axes to sum over, in the order of normalisation: ``first="columns"`` sums over rows first."""
@@ -50,6 +51,13 @@ class Frame:
     def sum(self, array: Any, axis: int) -> Any:
         """Sum kept as an axis of length one, in the accumulation dtype."""
         return _math.reduce_sum(self.xp, array, axis, self.accumulate)
+
+    def weighted_sum(self, stack: Any, vector: Any, axis: int) -> Any:
+        """``sum(stack * vector, axis)``; the vector has length one along the other matrix axis."""
+        if not self.products:
+            return self.sum(stack * vector, axis)
+        line = self.xp.matrix_transpose(vector)
+        return self.xp.matmul(stack, line) if axis == self.j else self.xp.matmul(line, stack)
 
     def per_matrix(self, values: Any) -> Any:
         """Reshape a vector over the batch so that it broadcasts against the stack."""
@@ -79,16 +87,20 @@ def map_pieces(
     *,
     branch: bool,
     keeps_tape: bool = False,
+    products_from: int | None = None,
 ) -> tuple[Any, ...]:
     """Apply ``function(frame, *stacks)`` to a batch, in pieces where that is faster or saves memory.
 
     ``stacks`` have shape ``(B, n, n)``, results ``(B, n, n)`` or ``(B, 1, 1)``. With ``branch`` pieces fit the
     second-level cache, small matrices with the batch as the last axis. Without it the batch is one piece, except for a
-    function that keeps every iterate: its pieces bound the memory that these take.
+    function that keeps every iterate: its pieces bound the memory that these take. From n = ``products_from`` on the
+    function gains by matrix products, which NumPy (and what wraps it) computes in the precision it is given.
     """
     batch, n = stacks[0].shape[0], stacks[0].shape[-1]
-    lanes = branch and n <= _SMALL_ORDER and batch >= _SMALL_BATCH
-    frame = Frame(xp, 0, 1, accumulate, branch) if lanes else frame_for(xp, accumulate, branch=branch)
+    products = products_from is not None and n >= products_from and branch and stacks[0].dtype == accumulate
+    products = products and _xp.library_name(xp) in ("numpy", "array_api_strict")
+    lanes = branch and n <= _SMALL_ORDER and batch >= _SMALL_BATCH and not products
+    frame = Frame(xp, *((0, 1) if lanes else (-2, -1)), accumulate, branch, products)
     entries = (_PIECE_BYTES >> keeps_tape) // 4 if branch else _TAPE_ENTRIES if keeps_tape else batch * n * n
     length = max(_SMALL_BATCH if lanes else 1, entries // (n * n))
     if length >= batch and not lanes:

@@ -66,6 +66,7 @@ class SinkhornKnopp:
     first: First = "columns"
     range_cap: float | None = None
     method: ClassVar[str] = "knopp"
+    products_from: ClassVar[int] = 12  # from this n on a matrix product beats a multiplication and a sum
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -91,8 +92,8 @@ class SinkhornKnopp:
         """Both scalings anew."""
         kernel, _, w = state
         first, last = frame.order(self.first)
-        v = 1.0 / frame.sum(kernel * w, first)
-        return kernel, v, 1.0 / frame.sum(kernel * v, last)
+        v = 1.0 / frame.weighted_sum(kernel, w, first)
+        return kernel, v, 1.0 / frame.weighted_sum(kernel, v, last)
 
     def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
         """The columns scaled, then the rows divided by their sums (for columns first)."""
@@ -131,8 +132,8 @@ class _Rescaled(SinkhornKnopp):
         """Both scalings anew."""
         kernel, _, w = state
         first, last = frame.order(self.first)
-        v = 1.0 / frame.sum(kernel * w, first)
-        sums = frame.sum(kernel * v, last)
+        v = 1.0 / frame.weighted_sum(kernel, w, first)
+        sums = frame.weighted_sum(kernel, v, last)
         return kernel, v, frame.xp.min(sums, axis=first, keepdims=True) / sums
 
     def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
