@@ -22,7 +22,7 @@ SHARED_BYTES_LIMIT = 232448
 @functools.cache
 def _source(name: str) -> str:
     folder = Path(__file__).parent
-    return (folder / "streams.cuh").read_text() + (folder / f"{name}.cu").read_text()
+    return "".join((folder / file).read_text() for file in ("ptx.cuh", "streams.cuh", f"{name}.cu"))
 
 
 @functools.lru_cache(maxsize=256)
