@@ -6,7 +6,7 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst
-from proofs.measure import compute_roundoff, marginal_allowance, norm2, sums
+from proofs.measure import finish_allowance, marginal_allowance, norm2, sums
 from proofs.subjects import Subject
 
 __all__ = ["CLAIMS", "prefixes"]
@@ -35,8 +35,8 @@ def last_side_exact(subject: Subject) -> str | None:
 
 def _per_layer(subject: Subject, sample: Sample) -> float:
     size = sample.logits.shape[-1]
-    extra = 3 * compute_roundoff(sample.dtype) if subject.finish == "exact" else 0.0
-    return marginal_allowance(size, sample.dtype) + extra + 2 * size * 2.0**-53
+    allowance = finish_allowance if subject.finish == "exact" else marginal_allowance
+    return allowance(size, sample.dtype) + 2 * size * 2.0**-53
 
 
 def _gain(subject: Subject, sample: Sample) -> Observation:
@@ -63,8 +63,7 @@ def _both_sides(subject: Subject) -> str | None:
 def _doubly(subject: Subject, sample: Sample) -> Observation:
     products = prefixes(subject.matrix(sample))
     depth = np.arange(1, len(products) + 1)
-    size = sample.logits.shape[-1]
-    allowed = np.expm1(depth * (_per_layer(subject, sample) + (size + 3) * compute_roundoff(sample.dtype)))
+    allowed = np.expm1(depth * _per_layer(subject, sample))
     error = np.maximum(np.abs(sums(products, "rows") - 1).max(-1), np.abs(sums(products, "columns") - 1).max(-1))
     negative = np.where(products.min(axis=(-2, -1)) < 0, np.inf, 0.0)
     return worst(np.maximum(error, negative), allowed, "composite sums")
@@ -106,7 +105,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="exact_matrices_are_closed",
         family="closure",
         statement="Products of exactly finished matrices stay doubly stochastic: non-negative, both sums 1 within "
-        "L (2n+8) u at depth L.",
+        "L times the allowance of one at depth L.",
         reference="derivations: spectral_norm_certificate",
         domain="finite logits up to range 1e3, depth up to 64, finish='exact'",
         method="products of stored matrices in float64",

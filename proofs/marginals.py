@@ -6,7 +6,7 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
-from proofs.measure import accuracy_allowance, compute_roundoff, marginal_allowance, sums
+from proofs.measure import accuracy_allowance, compute_roundoff, finish_allowance, marginal_allowance, sums
 from proofs.subjects import Subject
 
 __all__ = ["CLAIMS"]
@@ -25,14 +25,15 @@ def _normalised_last(subject: Subject) -> str | None:
 def _last_side(subject: Subject, sample: Sample) -> Observation:
     deviation = np.abs(sums(subject.matrix(sample), subject.last) - 1)
     size = sample.logits.shape[-1]
-    extra = 3 * compute_roundoff(sample.dtype) if subject.finish == "exact" else 0.0
-    return worst(deviation, marginal_allowance(size, sample.dtype) + extra, f"|{subject.last} sum - 1|")
+    allowance = finish_allowance if subject.finish == "exact" else marginal_allowance
+    return worst(deviation, allowance(size, sample.dtype), f"|{subject.last} sum - 1|")
 
 
 def _entries(subject: Subject, sample: Sample) -> Observation:
     matrix = subject.matrix(sample)
-    allowed = marginal_allowance(sample.logits.shape[-1], sample.dtype)
-    if subject.finish == "exact" or subject.geometry == "euclidean":
+    size = sample.logits.shape[-1]
+    allowed = (finish_allowance if subject.finish == "exact" else marginal_allowance)(size, sample.dtype)
+    if subject.geometry == "euclidean":
         allowed += 6 * compute_roundoff(sample.dtype)
     too_large = np.where(np.isfinite(matrix), matrix - 1, np.inf)
     below_zero = np.where(matrix < 0, np.inf, 0.0)
@@ -139,7 +140,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="last_side_exact",
         family="marginals",
         statement="Every sum of the side that is normalised last is within (n+1) u of 1 (plus one cast where the "
-        "result is stored in half precision; 3 u more after the exact finish).",
+        "result is stored in half precision; after the exact finish (n+4) u, in float64 (n^2+n+4) u).",
         reference="derivations: rounding_errors",
         domain="finite logits up to range 1e4, any num_iters >= 1, n <= 32",
         method="compensated sums of the stored entries",

@@ -11,6 +11,8 @@ from proofs.rational import norm_at_most, norm_below
 __all__ = [
     "accuracy_allowance",
     "compute_roundoff",
+    "finish_allowance",
+    "limit_allowance",
     "logit_range",
     "marginal_allowance",
     "norm2",
@@ -79,6 +81,25 @@ def accuracy_allowance(logits: np.ndarray, dtype: str) -> np.ndarray:
 def marginal_allowance(size: int, dtype: str) -> float:
     """Return (n+1) u, with the cast to the stored dtype and flushed subnormals."""
     return (size + 1) * _COMPUTE[dtype] + (1 + (size + 1) * _COMPUTE[dtype]) * _STORE[dtype] + size * _TINY[dtype]
+
+
+def limit_allowance(size: int, tol: float = 1e-6) -> float:
+    """Return how far two results of one limit may be apart when each holds its sums to `tol`: 4 n tol.
+
+    Changing the sums changes the entries by the currents of a network whose conductances are the entries: no current
+    exceeds what is injected, at most n tol in all, whatever the condition number.
+    """
+    return 4 * size * tol
+
+
+def finish_allowance(size: int, dtype: str) -> float:
+    """Return what the sums of an exactly finished matrix may miss: (n+4) u, for float64 (n^2+n+4) u.
+
+    The rank-one fill divides by the sum of n deficits, each with the error of a sum of n entries. Float32 results are
+    summed in float64, so only the stored entries round.
+    """
+    units = size * size + size + 4 if dtype == "float64" else size + 4
+    return units * _COMPUTE[dtype] + (1 + units * _COMPUTE[dtype]) * _STORE[dtype] + size * _TINY[dtype]
 
 
 def norm2(matrix: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 from proofs import rational, strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
 from proofs.certificate import stored_matrices
-from proofs.measure import compute_roundoff, norms_at_most, storage_error, sums
+from proofs.measure import compute_roundoff, finish_allowance, norms_at_most, storage_error, sums
 from proofs.systems import Rounder
 
 __all__ = ["CLAIMS"]
@@ -21,7 +21,7 @@ def _slack(sample: Sample, units: float) -> float:
 def _exact_sums(subject: Rounder, sample: Sample) -> Observation:
     matrices = stored_matrices(sample)
     rounded = subject.exact(matrices, sample.dtype)
-    allowed = _slack(sample, sample.logits.shape[-1] + 4)
+    allowed = finish_allowance(sample.logits.shape[-1], sample.dtype)
     error = np.maximum(np.abs(sums(rounded, "rows") - 1), np.abs(sums(rounded, "columns") - 1))
     negative = np.where(rounded.min(axis=(-2, -1)) < 0, np.inf, 0.0)
     return worst_of((worst(error, allowed, "|sum - 1|"), worst(negative, allowed, "a negative entry")))
@@ -83,8 +83,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="rounding_makes_both_sides_exact",
         family="rounding",
-        statement="round_to_polytope gives non-negative entries and both sums within (n+4) u of 1, plus one cast where "
-        "the result is stored in half precision.",
+        statement="round_to_polytope gives non-negative entries and both sums within (n+4) u of 1, in float64 "
+        "(n^2+n+4) u, plus one cast where the result is stored in half precision.",
         reference="Altschuler, Weed and Rigollet 2017, Algorithm 2",
         domain="truncated, crude, raw and sparse matrices from all generators, n <= 8",
         method="compensated sums of the stored entries",
