@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import birkhoff
-from birkhoff import reference
+from birkhoff import _layout, reference
+from birkhoff._xp import array_namespace
 from birkhoff.adjoints import Implicit, Unrolled
+from birkhoff.adjoints.unrolled import unrolled_vjp
 from birkhoff.errors import OptionError, ShapeError
 from birkhoff.solvers import Euclidean, Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog
 from tests.backends import BACKENDS, Backend, to_numpy
@@ -18,7 +20,7 @@ from tests.backends import BACKENDS, Backend, to_numpy
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("solver", [SinkhornKnopp(), SinkhornLog(first="rows")], ids=lambda s: s.method)
 def test_unrolled_is_the_oracle_s_gradient_on_every_library(backend: Backend, solver: Any, rng: Any) -> None:
-    for n, std in ((1, 1.0), (3, 1.0), (4, 30.0), (9, 3.0)):
+    for n, std in ((1, 1.0), (3, 1.0), (4, 30.0), (9, 3.0), (70, 1.0)):
         values, upstream = rng.normal(size=(2, 20, n, n)) * std, rng.normal(size=(2, 20, n, n))
         grad = Unrolled().vjp(backend.asarray(values), backend.asarray(upstream), solver)
         expected = reference.gradient(values, upstream, first=solver.first)
@@ -40,6 +42,17 @@ def test_unrolled_is_the_limit_of_differences(solver: Any, rng: Any) -> None:
         change[entry] = step
         ahead, behind = (birkhoff.project(values + sign * change, solver).matrix for sign in (1, -1))
         assert abs(((ahead - behind) * upstream).sum() / (2 * step) - grad[entry]) <= 1e-8
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_pieces_of_a_batch_change_nothing(branch: bool, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece lengths that do not divide the batch, with and without a look at the values."""
+    xp = array_namespace(np.zeros(1))
+    values, upstream = rng.normal(size=(53, 5, 5)), rng.normal(size=(53, 5, 5))
+    monkeypatch.setattr(_layout, "_TAPE_ENTRIES", 10 * 25)
+    monkeypatch.setattr(_layout, "_PIECE_BYTES", 20 * 25 * 8)
+    grad = unrolled_vjp(values, upstream, SinkhornKnopp(), xp=xp, accumulate=xp.float64, branch=branch)
+    assert np.abs(grad - reference.gradient(values, upstream)).max() <= 1e-13
 
 
 def test_unrolled_with_counts_treats_each_matrix_by_its_own(rng: Any) -> None:
