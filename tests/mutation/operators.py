@@ -40,9 +40,10 @@ _NAMES = {"max": "min", "min": "max", "any": "all", "all": "any", "exp": "expm1"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: where, what, and the whole changed source."""
+    """One change: its line and enclosing function, what it is, and the whole changed source."""
 
     line: int
+    where: str
     kind: str
     before: str
     after: str
@@ -62,7 +63,18 @@ def mutants(source: str) -> Iterator[Mutant]:
             _replace(changed_tree, target, after_node)
             ast.fix_missing_locations(changed_tree)
             text = ast.unparse(changed_tree)
-            yield Mutant(getattr(node, "lineno", 0), kind, _short(before), _short(ast.unparse(after_node)), text)
+            where = _enclosing(tree, getattr(node, "lineno", 0))
+            yield Mutant(getattr(node, "lineno", 0), where, kind, _short(before), _short(ast.unparse(after_node)), text)
+
+
+def _enclosing(tree: ast.AST, line: int) -> str:
+    """Return the innermost function or class that holds a line, or ``"module"``."""
+    holders = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno <= line <= (node.end_lineno or 0)
+    ]
+    return max(holders, key=lambda node: node.lineno).name if holders else "module"
 
 
 def _short(text: str) -> str:

@@ -10,6 +10,8 @@ import pytest
 import birkhoff
 from birkhoff import solvers
 from birkhoff.rounding import round_to_nonexpansive, round_to_polytope
+from tests.mutation.__main__ import TARGETS
+from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.operators import mutants
 
 
@@ -64,3 +66,47 @@ def test_rounding_keeps_zeros_positive() -> None:
 def test_the_zero_matrix_is_rounded_to_the_uniform_one() -> None:
     assert np.array_equal(round_to_polytope(np.zeros((3, 3))), np.full((3, 3), 1 / 3))
     assert np.array_equal(round_to_nonexpansive(np.zeros((3, 3))), np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 2.0, 3.0])
+def test_over_relaxation_outside_zero_and_two_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="relaxation"):
+        solvers.SinkhornLog(relaxation=weight)
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize("name", ["SinkhornKnopp", "SinkhornLog", "SinkhornDamped"])
+def test_gradient_and_tangent_go_through_the_range_cap(name: str, first: str) -> None:
+    solver = getattr(solvers, name)(range_cap=1.5, first=first, num_iters=3)
+    rng = np.random.default_rng(2)
+    logits, grad, direction = 2 * rng.standard_normal((3, 5, 4, 4))
+    step = 1e-6
+    ahead, behind = (birkhoff.project(logits + s * step * direction, solver).matrix for s in (1, -1))
+    numeric = np.sum(grad * (ahead - behind)) / (2 * step)
+    pulled = birkhoff.adjoints.Unrolled().vjp(logits, grad, solver)
+    assert np.sum(pulled * direction) == pytest.approx(numeric, abs=1e-6)
+    torch = pytest.importorskip("torch")
+
+    def function(x):  # type: ignore[no-untyped-def]
+        return birkhoff.project(x, solver).matrix
+
+    pair = (torch.from_numpy(logits),), (torch.from_numpy(direction),)
+    _, pushed = torch.func.jvp(function, *pair)
+    assert float((pushed * torch.from_numpy(grad)).sum()) == pytest.approx(numeric, abs=1e-6)
+
+
+def test_rounding_has_derivative_one_at_zero_entries() -> None:
+    torch = pytest.importorskip("torch")
+    matrix = torch.tensor([[0.25, 0.0], [0.0, 0.25]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(round_to_nonexpansive(matrix).sum(), matrix)
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_every_argued_mutant_exists() -> None:
+    found = {
+        (target.module, mutant.where, mutant.before, mutant.after)
+        for target in TARGETS
+        for mutant in mutants(target.path.read_text(encoding="utf-8"))
+    }
+    listed = {(entry.module, *change) for entry in EQUIVALENT for change in entry.changes}
+    assert listed - found == set(), "the code has changed: take these from tests/mutation/equivalent.py"

@@ -1,0 +1,93 @@
+"""Survivors that change nothing that is claimed, each with the argument why.
+
+A mutant is listed by its module, the function that holds it, and the text before and after the change, so that the list
+stays right when lines move. It is looked up only after claims and tests have let the mutant pass: a listed mutant that
+something rejects counts as rejected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EQUIVALENT", "Equivalent", "reason"]
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """Mutants of one kind, as (function, before, after), and why nothing can notice."""
+
+    module: str
+    changes: tuple[tuple[str, str, str], ...]
+    why: str
+
+
+_LARGER = "an outward allowance becomes a little larger: the bound still holds and stays within 1e-6 of the norm"
+_BLOCK = "the size of a block: time and memory, not values"
+_FLUSH = "concerns devices that take subnormal numbers for zero; this processor does not, and the allowance is 2^-126"
+_DIVIDED = "a factor of a line that the next division removes; ranges that reach this arithmetic cannot overflow"
+
+EQUIVALENT: tuple[Equivalent, ...] = (
+    Equivalent("birkhoff.certificates", (("module", "1022", "1023"), ("enclose", "4", "5"), ("enclose", "2", "3"),
+               ("_bounds", "2", "3"), ("_ratio_below", "10", "11")), _LARGER),
+    Equivalent("birkhoff.certificates", (("certify_product", "10", "11"), ("certify", "10", "11")),
+               "the default effort, one step more"),
+    Equivalent("birkhoff.certificates", (
+        ("module", "2 ** 25", "2 * 25"),
+        ("_certify", "block // (len(layers) * n * n)", "block * (len(layers) * n * n)"),
+        ("__init__", "len(layers) * self.batch * self.n * self.n", "len(layers) * self.batch * self.n / self.n"),
+        ("__init__", "len(layers) * self.batch * self.n", "len(layers) * self.batch / self.n"),
+    ), _BLOCK),
+    Equivalent("birkhoff.certificates", (
+        ("__init__", "(_TINY32 if single else _TINY64) if self.flushes else 0.0",
+         "(_TINY32 if single else _TINY64) if not self.flushes else 0.0"),
+        ("_flushes_subnormals", "2.0 ** (-149)", "2.0 * -149"),
+        ("_flushes_subnormals", "xp.all", "xp.any"),
+    ), _FLUSH),
+    Equivalent("birkhoff.certificates", (("dominant_vector", "-1", "-2"),),
+               "the sums of a symmetric matrix over its rows are those over its columns"),
+    Equivalent("birkhoff.certificates", (("_positive", "xp.ones_like", "xp.zeros_like"),),
+               "any positive vector serves the Collatz-Wielandt bound, and zeros are replaced by the floor"),
+    Equivalent("birkhoff.certificates", (("_scaled_norm", "xp.max", "xp.min"),),
+               "the scale against overflow: any positive one gives the same norm where nothing overflows"),
+    Equivalent("birkhoff.certificates",
+               (("_bounds", "radius * (1.0 + 2 * _EPS)", "radius / (1.0 + 2 * _EPS)"),),
+               "the enclosures whose difference the radius is carry more slack than this factor"),
+    Equivalent("birkhoff.rounding", (("_shrink", "2.0", "4.0"),),
+               "a divisor is enlarged by eight units of roundoff instead of four: within the allowance"),
+    Equivalent("birkhoff._math", (
+        ("_device_dtypes", "if _xp.library_name(xp) in ('numpy', 'torch', 'cupy'): return ('flo...",
+         "if not _xp.library_name(xp) in ('numpy', 'torch', 'cupy'): return (..."),
+        ("_device_dtypes", "_xp.library_name(xp) in ('numpy', 'torch', 'cupy')",
+         "_xp.library_name(xp) not in ('numpy', 'torch', 'cupy')"),
+        ("_device_dtypes", "return ('float32', 'float64')", "return ('float64', 'float32')"),
+    ), "a shortcut for what the namespace's inspection answers too; only membership is asked"),
+    Equivalent("birkhoff._math", (
+        ("reduce_sum", "if accumulate == array.dtype: return xp.sum(array, axis=axis, keepd...",
+         "if not accumulate == array.dtype: return xp.sum(array, axis=axis, k..."),
+        ("reduce_sum", "accumulate == array.dtype", "accumulate != array.dtype"),
+    ), "saves a cast; exchanged, float32 sums are accumulated in float32, which the contract of 4 n u allows"),
+    Equivalent("birkhoff._math", (("lower_bound", "array < low", "array <= low"),), "where equal, either is right"),
+    Equivalent("birkhoff.solvers.sinkhorn_knopp", (
+        ("arithmetics", "if dtype_name == 'float32': table.append((_PLAIN['float64'], self, ...",
+         "if not dtype_name == 'float32': table.append((_PLAIN['float64'], se..."),
+        ("arithmetics", "dtype_name == 'float32'", "dtype_name != 'float32'"),
+    ), "which of several safe arithmetics serves a range: time, not values beyond the contract"),
+    Equivalent("birkhoff.solvers.sinkhorn_knopp", (
+        ("init", "frame.xp.max", "frame.xp.min"), ("trajectory", "frame.xp.max", "frame.xp.min"),
+        ("step", "frame.xp.min", "frame.xp.max"), ("step", "1.0", "2.0"),
+    ), _DIVIDED),
+    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("init", "frame.xp.ones_like", "frame.xp.zeros_like"),),
+               "the first scaling is overwritten before it is read"),
+    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("module", "True", "False"),),
+               "keyword-only fields of a class that adds none"),
+    Equivalent("birkhoff.solvers.sinkhorn_log", (("init", "1.0", "2.0"), ("trajectory", "1.0", "2.0")),
+               "the path of over-relaxation with weight 1: one more normalisation of a normalised matrix"),
+)  # fmt: skip
+
+
+def reason(module: str, where: str, before: str, after: str) -> str | None:
+    """Return the argument for a mutant, or ``None``."""
+    for entry in EQUIVALENT:
+        if entry.module == module and (where, before, after) in entry.changes:
+            return entry.why
+    return None
