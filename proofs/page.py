@@ -1,16 +1,18 @@
-"""Write the page of all claims: ``python -m proofs.page docs/explanation/guarantees/claims.md``."""
+"""Write the page of all claims, ``python -m proofs.page PAGE.md``, or of what was measured, ``--measured JSON``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from proofs import claims
 from proofs._claim import Claim
 
-__all__ = ["main", "render"]
+__all__ = ["main", "render", "render_measured"]
 
 _FAMILIES: dict[str, tuple[str, str]] = {
     "marginals": ("Sums and entries", "sinkhorn_knopp, rounding_errors"),
@@ -49,6 +51,14 @@ Every claim is tried on code that is wrong in its way and must reject it: `tests
 `tests/proofs/test_broken_systems.py`. {doc}`how_claims_are_checked` says more, and {doc}`peers` shows the same claims
 on other libraries.
 """.replace("{doc}", "{{doc}}")
+
+
+_MEASURED = """# Measured: the claims
+
+This page is written by `python -m proofs.page --measured` from reports of `python -m proofs --json`, profile `ci`; do
+not edit it. {doc}`/explanation/guarantees/claims` says what each claim states. 100 % would be a deviation as large as the
+claim allows.
+"""
 
 
 def _lemmas(claim: Claim) -> list[str]:
@@ -98,12 +108,59 @@ def render() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def render_measured(paths: Sequence[Path]) -> str:
+    """Return a page of what the reports of ``python -m proofs --json`` hold, a table for each backend."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    versions: dict[str, dict[str, str]] = {}
+    for path in paths:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for record in document["outcomes"]:
+            backend = record["subject"].rpartition(" on ")[2]
+            records.setdefault(backend, []).append(record)
+            versions[backend] = document["versions"]
+    lines = [_MEASURED]
+    for backend, found in records.items():
+        tried = [record for record in found if record["verdict"] != "not claimed"]
+        broken = [record for record in tried if record["verdict"] == "broken"]
+        lines += [
+            f"## {backend}",
+            "",
+            f"{len(tried) - len(broken)} hold, {len(broken)} broken; {sum(r['examples'] for r in tried):,} matrices in "
+            f"{sum(r['seconds'] for r in tried):.0f} s of claims. "
+            + ", ".join(f"{name} {version}" for name, version in versions[backend].items())
+            + ".",
+            "",
+            "| family | claims x subjects | broken | matrices | closest to its allowance |",
+            "|---|---|---|---|---|",
+        ]
+        for family in _FAMILIES:
+            group = [record for record in tried if record["family"] == family]
+            if not group:
+                continue
+            closest = max(group, key=_ratio)
+            lines.append(
+                f"| {family} | {len(group)} | {sum(r['verdict'] == 'broken' for r in group)} | "
+                f"{sum(r['examples'] for r in group):,} | {100 * _ratio(closest):.3g} %: {_plain(closest['claim'])}, "
+                f"{closest['subject'].rpartition(' on ')[0]} |"
+            )
+        lines += ["", *(f"- broken: {_plain(r['claim'])}, {r['subject']}: {_plain(r['reason'])}" for r in broken), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ratio(record: dict[str, Any]) -> float:
+    seen, allowed = float(record["seen"]), float(record["allowed"])
+    return seen / allowed if allowed else (0.0 if seen <= 0 else float("inf"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m proofs.page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("page", type=Path, help="the Markdown file to write")
+    parser.add_argument(
+        "--measured", type=Path, nargs="+", metavar="JSON", help="write what these reports hold instead"
+    )
     options = parser.parse_args(arguments)
-    options.page.write_text(render(), encoding="utf-8")
+    options.page.write_text(render_measured(options.measured) if options.measured else render(), encoding="utf-8")
     return 0
 
 
