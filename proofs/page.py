@@ -55,8 +55,8 @@ on other libraries.
 
 _MEASURED = """# Measured: the claims
 
-This page is written by `python -m proofs.page --measured` from reports of `python -m proofs --json`, profile `ci`; do
-not edit it. {doc}`/explanation/guarantees/claims` says what each claim states. 100 % would be a deviation as large as the
+This page is written by `python -m proofs.page --measured` from reports of `python -m proofs --json`, profile `ci`.
+{doc}`/explanation/guarantees/claims` says what each claim states. 100 % would be a deviation as large as the
 claim allows.
 """
 

@@ -20,7 +20,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +36,7 @@ from tests.mutation.operators import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
 EFFORT = Profile("mutation", 10, shrink_budget=0)
-TIMEOUT = 150
+TIMEOUT = 100
 
 
 @dataclass(frozen=True)
@@ -178,17 +178,27 @@ def _key(mutant: Mutant) -> tuple[str, str, str]:
 
 def run(
     target: Target, sample: int | None, seed: int, effort: Profile, only: set[tuple[str, str, str]] | None = None
-) -> list[tuple[Mutant, str]]:
+) -> Iterator[tuple[Mutant, str]]:
     """Try the mutants of one module, a random sample of them, or those with the given kind, before and after."""
     found = list(mutants(target.path.read_text(encoding="utf-8")))
     if only is not None:
         found = [mutant for mutant in found if _key(mutant) in only]
     if sample is not None and sample < len(found):
         found = sorted(random.Random(seed).sample(found, sample), key=lambda mutant: mutant.line)
-    results = []
     for mutant in found:
-        results.append((mutant, try_mutant(target, mutant.source, effort)))
-    return results
+        yield mutant, try_mutant(target, mutant.source, effort)
+
+
+def _record(target: Target, mutant: Mutant, verdict: str) -> dict[str, Any]:
+    return {
+        "module": target.module,
+        "line": mutant.line,
+        "where": mutant.where,
+        "kind": mutant.kind,
+        "before": mutant.before,
+        "after": mutant.after,
+        "verdict": verdict,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -220,26 +230,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{target.module}: the unchanged module is rejected by {baseline}; nothing can be learnt", flush=True)
             return 2
         started = time.monotonic()
-        results = run(target, options.sample, options.seed, effort, survivors.get(target.module))
-        for mutant, verdict in results:
-            records.append(
-                {
-                    "module": target.module,
-                    "line": mutant.line,
-                    "where": mutant.where,
-                    "kind": mutant.kind,
-                    "before": mutant.before,
-                    "after": mutant.after,
-                    "verdict": verdict,
-                }
-            )
+        first = len(records)
+        for mutant, verdict in run(target, options.sample, options.seed, effort, survivors.get(target.module)):
+            records.append(_record(target, mutant, verdict))
             if verdict == "survived" and reason(target.module, mutant.where, mutant.before, mutant.after) is None:
                 print(f"  survived: {target.module}:{mutant.line} {mutant.before}  ->  {mutant.after}", flush=True)
-        killed = sum(verdict != "survived" for _, verdict in results)
-        spent = time.monotonic() - started
-        print(f"{target.module}: {killed} of {len(results)} rejected, {spent:.0f} s", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+            if options.json:
+                options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        own = records[first:]
+        killed = sum(record["verdict"] != "survived" for record in own)
+        print(f"{target.module}: {killed} of {len(own)} rejected, {time.monotonic() - started:.0f} s", flush=True)
     killed = sum(record["verdict"] != "survived" for record in records)
     argued = sum(
         record["verdict"] == "survived"
