@@ -7,17 +7,19 @@ that every process runs whole (alone, DDP, FSDP2, tensor parallel); :mod:`mhc_la
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mhc_layers.models.transformer import Transformer
 from mhc_layers.parallel.mesh import World
+from mhc_layers.parallel.tensor_parallel import TensorParallel
 
 __all__ = ["Engine", "Precision", "WholeModelEngine", "micro_batches"]
 
@@ -98,6 +100,10 @@ class WholeModelEngine:
         gradients in the backward pass goes here.
     sync_context : callable, optional
         ``sync_context(last)`` returns the context of a micro-batch: gradients are reduced only for the last one.
+    whole : sequence of torch.nn.Parameter
+        Parameters of a sharded model that stayed whole: their gradients are averaged here, over all processes.
+    tensor_parallel : TensorParallel, optional
+        How the sublayers were shared out, if they were.
     """
 
     def __init__(
@@ -110,6 +116,8 @@ class WholeModelEngine:
         data_size: int = 1,
         loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         sync_context: Callable[[bool], contextlib.AbstractContextManager[object]] | None = None,
+        whole: Sequence[nn.Parameter] = (),
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         self.model = model
         self.world = world or World()
@@ -118,6 +126,8 @@ class WholeModelEngine:
         self._precision = precision
         self._loss = loss or model.loss
         self._sync_context = sync_context or (lambda last: contextlib.nullcontext())
+        self._whole = list(whole)
+        self._tensor_parallel = tensor_parallel
 
     def forward_backward(self, tokens: Tensor, *, micro_batch_size: int = 0, watch: Watch | None = None) -> Tensor:
         total = torch.zeros((), device=tokens.device)
@@ -130,6 +140,7 @@ class WholeModelEngine:
                 share = len(piece) / len(tokens)
                 (loss * share).backward()
             total += cross_entropy.detach() * share
+        self._average_whole()
         if self.data_size > 1:
             dist.all_reduce(total)
             total /= self.world.size
@@ -138,20 +149,59 @@ class WholeModelEngine:
     @torch.no_grad()
     def evaluate(self, tokens: Tensor) -> Tensor:
         with self._precision.context():
-            _, cross_entropy = self._loss(tokens[:, :-1], tokens[:, 1:])
+            _, cross_entropy = self.model.loss(tokens[:, :-1], tokens[:, 1:])
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # the root stays gathered after a forward pass, waiting for a backward pass
         return cross_entropy * tokens[:, 1:].numel()
 
     def clip(self, max_norm: float) -> Tensor:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0.0 else float("inf"))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._tensor_parallel is not None:
+            return self._clip_shared(max_norm, self._tensor_parallel)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+        local = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in (sharded, local) if group]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+        if max_norm > 0.0:
+            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return norm
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        shares = self._tensor_parallel
+        if shares is not None:
+            return {key: shares.join(parameter_name(key), value.detach()) for key, value in tensors.items()}
         return {key: full_tensor(value.detach()) for key, value in tensors.items()}
 
     def scatter(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        parameters = dict(self.model.named_parameters())
+        shares, parameters = self._tensor_parallel, dict(self.model.named_parameters())
+        if shares is not None:
+            tensors = {key: shares.cut(parameter_name(key), value) for key, value in tensors.items()}
         return {key: like(value, parameters.get(parameter_name(key))) for key, value in tensors.items()}
+
+    def _average_whole(self) -> None:
+        """Average the gradients of parameters that a sharded model keeps whole."""
+        pairs = [p.grad for p in self._whole if p.grad is not None]
+        if pairs:
+            flat = torch.stack(pairs)
+            dist.all_reduce(flat)
+            for gradient, value in zip(pairs, flat / self.data_size, strict=True):
+                gradient.copy_(value)
+
+    def _clip_shared(self, max_norm: float, shares: TensorParallel) -> Tensor:
+        """Clip where some parameters are shared out in a group and others replicated."""
+        pairs = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        device = next(self.model.parameters()).device
+        squares = torch.zeros(2, device=device)
+        for name, gradient in pairs:
+            squares[int(shares.is_split(name))] += gradient.square().sum()
+        split = squares[1].clone()
+        dist.all_reduce(split, group=shares.group)
+        norm = (squares[0] + split).sqrt()
+        if max_norm > 0.0:
+            torch._foreach_mul_([gradient for _, gradient in pairs], torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
 
 
 def parameter_name(key: str) -> str:

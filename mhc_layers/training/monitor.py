@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import birkhoff
 from mhc_layers.hyper_connection import CapturedCoefficients, capture_coefficients
+from mhc_layers.models.transformer import Transformer
 from mhc_layers.training.config import MonitorConfig
 
 __all__ = [
@@ -133,22 +134,23 @@ class Monitor:
     Parameters
     ----------
     model : torch.nn.Module
-        The bare model (not its data-parallel wrapper).
+        The bare model (not its data-parallel wrapper). A pipeline stage is not measured: its process does not see
+        the whole depth.
     config : MonitorConfig
         Intervals and number of tokens.
 
     Attributes
     ----------
     seconds : float
-        Host time spent in :meth:`flush` so far; divided by a run's time it is the monitor's cost.
+        Host time spent on measuring so far; divided by a run's time it is the monitor's cost.
     """
 
     def __init__(self, model: nn.Module, config: MonitorConfig) -> None:
         self.model = model
         self.config = config
         self.seconds = 0.0
-        self._pending: tuple[int, CapturedCoefficients] | None = None
-        self._has_sites = bool(getattr(model, "sites", ()))
+        self._pending: tuple[int, list[list[Tensor]]] | None = None
+        self._has_sites = isinstance(model, Transformer) and len(model.sites) > 0
 
     def due(self, step: int) -> bool:
         """Say whether this step's forward pass is measured; steps count from 1, and the first one always is."""
@@ -156,21 +158,23 @@ class Monitor:
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
-        """Keep the coefficients of the forward pass inside, if this step is due; never waits for the device."""
+        """Pick coefficients of the forward pass inside, if this step is due; never waits for the device."""
         if not self.due(step):
             yield
             return
         with capture_coefficients(self.model) as captured:
             yield
-        self._pending = (step, captured)
+        started = time.perf_counter()
+        self._pending = (step, _collect(captured, self.config.tokens))
+        self.seconds += time.perf_counter() - started
 
     def flush(self) -> Measurement | None:
         """Measure what :meth:`watch` kept; None if nothing is waiting."""
         if self._pending is None:
             return None
         started = time.perf_counter()
-        (step, captured), self._pending = self._pending, None
-        coefficients = fetch(captured, tokens=self.config.tokens)
+        (step, picked), self._pending = self._pending, None
+        coefficients = _to_host(picked)
         certify = self.config.certify_every > 0 and step % self.config.certify_every == 0
         result = measure(coefficients, step=step, certify=certify)
         elapsed = time.perf_counter() - started
@@ -179,7 +183,7 @@ class Monitor:
 
 
 def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
-    """Copy some tokens' coefficients of a captured forward pass to the CPU, in one transfer.
+    """Copy some tokens' coefficients of a captured forward pass to the CPU.
 
     Parameters
     ----------
@@ -188,12 +192,17 @@ def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
     tokens : int
         Tokens to keep, spread evenly over the batch; all of them if there are fewer.
     """
+    return _to_host(_collect(captured, tokens))
+
+
+def _collect(captured: CapturedCoefficients, tokens: int) -> list[list[Tensor]]:
+    """Pick some tokens' maps, streams and residual logits on the device, without waiting for it."""
     records, streams = list(captured), captured.streams
     if captured.final_streams is not None:
         streams = [*streams, captured.final_streams]
     num_tokens = records[0].h_pre.shape[:-1].numel()
     index = torch.linspace(0, num_tokens - 1, min(tokens, num_tokens), dtype=torch.float64).round().long()
-    index = index.to(records[0].h_pre.device)
+    index = index.to(records[0].h_pre.device, non_blocking=True)
     with torch.no_grad():
         groups = [
             [record.h_pre.flatten(0, -2)[index] for record in records],
@@ -202,8 +211,13 @@ def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
             [x.flatten(0, -3)[index] for x in streams],
         ]
         groups.append([_residual_logits(site, x) for site, x in zip(captured.sites, groups[3], strict=False)])
-        parts = [part for group in groups for part in group]
-        flat = torch.cat([part.to(torch.float32).flatten() for part in parts]).cpu()
+    return groups
+
+
+def _to_host(groups: list[list[Tensor]]) -> Coefficients:
+    """Copy what :func:`_collect` picked to the CPU in one transfer."""
+    parts = [part for group in groups for part in group]
+    flat = torch.cat([part.to(torch.float32).flatten() for part in parts]).cpu()
     pieces = iter(flat.split([part.numel() for part in parts]))
     arrays = [[next(pieces).view(part.shape).to(torch.float64).numpy() for part in group] for group in groups]
     h_pre, h_post, h_res, x = (np.stack(group) for group in arrays[:4])

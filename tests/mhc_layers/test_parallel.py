@@ -1,0 +1,226 @@
+"""Parallel techniques on two CPU processes: the gradients and the state are those of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+
+from mhc_layers import Transformer
+from mhc_layers.parallel.engine import Precision
+from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes
+from mhc_layers.parallel.parallelize import parallelize
+from mhc_layers.parallel.pipeline import stage_sizes
+from mhc_layers.training.checkpoint import load_checkpoint
+from mhc_layers.training.metrics import read_metrics
+from mhc_layers.training.optim import OptimConfig, build_optimizers, load_optimizer_state, optimizer_state
+from mhc_layers.training.run import load_for_resume, resumed_config, run
+from tests.mhc_layers.training_cases import tiny_config, tiny_model, write_text
+
+
+def spawn(function, *arguments, processes=2):
+    """Run ``function(rank, *arguments)`` in processes that form a group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_enter, args=(processes, port, function, arguments), nprocs=processes)
+
+
+def _enter(rank, processes, port, function, arguments):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)
+    )
+    torch.set_num_threads(1)
+    try:
+        function(rank, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def batch(rows=8):
+    return torch.randint(256, (rows, 13), generator=torch.Generator().manual_seed(5))
+
+
+def build(model_config, parallel, world, dtype=torch.float32):
+    torch.manual_seed(0)
+    return parallelize(
+        Transformer(model_config), parallel, Precision(device_type="cpu", stream_dtype=dtype), world=world
+    )
+
+
+def one_process(model_config, micro=0, dtype=torch.float32):
+    """Loss, gradients, norm, parameters after two steps and optimizer state of a single process."""
+    return steps(build(model_config, ParallelConfig(), World(), dtype), micro)
+
+
+def steps(engine, micro=0):
+    optimizers = build_optimizers(engine.model, OptimConfig(learning_rate=1e-2, eps=1e-3))
+    tokens = batch()
+    share = len(tokens) // engine.data_size
+    mine = tokens[engine.data_rank * share : (engine.data_rank + 1) * share]
+    losses, norms = [], []
+    for _ in range(2):
+        losses.append(float(engine.forward_backward(mine, micro_batch_size=micro)))
+        norms.append(float(engine.clip(0.5)))
+        gradients = engine.gather({n: p.grad for n, p in engine.model.named_parameters() if p.grad is not None})
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    evaluated = float(engine.evaluate(tokens))
+    parameters = engine.gather(dict(engine.model.named_parameters()))
+    state = engine.gather(optimizer_state(engine.model, optimizers))
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, "gradients": gradients, "parameters": parameters,
+            "state": state, "optimizers": optimizers}  # fmt: skip
+
+
+def assert_close(expected, actual, tolerance=2e-5):
+    for name in ("losses", "norms", "evaluated"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
+    for group in ("gradients", "parameters", "state"):
+        assert expected[group].keys() == actual[group].keys(), group
+        for name, value in expected[group].items():
+            torch.testing.assert_close(
+                actual[group][name].detach(),
+                value.detach(),
+                rtol=1e-3,
+                atol=tolerance,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+CASES = {
+    "ddp": (ParallelConfig(), {}, 0),
+    "ddp-accumulate": (ParallelConfig(), {}, 2),
+    "fsdp": (ParallelConfig(shard=2), {}, 0),
+    "fsdp-recompute": (ParallelConfig(shard=2, recompute="auto"), {"num_layers": 3}, 2),
+    "tensor": (ParallelConfig(tensor=2), {"num_heads": 4, "num_kv_heads": 2}, 0),
+    "tensor-recompute": (ParallelConfig(tensor=2, recompute=2), {}, 0),
+    "pipeline": (ParallelConfig(pipeline=2), {}, 0),
+    "pipeline-untied": (ParallelConfig(pipeline=2, micro_batches=2), {"tie_embeddings": False, "num_layers": 3}, 0),
+    "pipeline-delayed": (ParallelConfig(pipeline=2, recompute=3), {"convention": "deepseek_v41", "num_layers": 3}, 0),
+}
+
+
+def _compare_cases(rank, names):
+    world = join_processes("cpu")
+    for name in names:
+        parallel, changes, micro = CASES[name]
+        model_config = tiny_model(**changes)
+        engine = build(model_config, parallel, world)
+        actual = steps(engine, micro)
+        expected = one_process(model_config)
+        try:
+            assert_close(expected, actual)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        # scatter undoes gather: a fresh engine continues from the whole model's tensors
+        fresh = build(model_config, parallel, world)
+        optimizers = build_optimizers(fresh.model, OptimConfig())
+        local = fresh.scatter(actual["parameters"])
+        with torch.no_grad():
+            for key, parameter in fresh.model.named_parameters():
+                parameter.copy_(local[key])
+        load_optimizer_state(fresh.model, optimizers, fresh.scatter(actual["state"]))
+        again = fresh.gather(dict(fresh.model.named_parameters()))
+        state = fresh.gather(optimizer_state(fresh.model, optimizers))
+        for key, value in actual["parameters"].items():
+            assert torch.equal(again[key], value), (name, key)
+        for key, value in actual["state"].items():
+            assert torch.equal(state[key], value), (name, key)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tensor", "pipeline"])
+def test_gradients_and_state_are_those_of_one_process(kind):
+    spawn(_compare_cases, [name for name in CASES if name.startswith(kind)])
+
+
+def _compare_bfloat16(rank):
+    world = join_processes("cpu")
+    for parallel in (ParallelConfig(shard=2), ParallelConfig(tensor=2)):
+        actual = steps(build(tiny_model(), parallel, world, torch.bfloat16))
+        expected = one_process(tiny_model(), dtype=torch.bfloat16)
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+        assert actual["norms"] == pytest.approx(expected["norms"], rel=5e-2)
+
+
+@pytest.mark.distributed
+def test_bfloat16_streams_stay_close():
+    spawn(_compare_bfloat16)
+
+
+def _mixed_axes(rank):
+    world = join_processes("cpu")
+    for other in ("shard", "tensor", "pipeline"):
+        parallel = ParallelConfig(replicate=2, **{other: 2})
+        assert_close(one_process(tiny_model()), steps(build(tiny_model(), parallel, world)))
+
+
+@pytest.mark.distributed
+def test_two_axes_at_once_on_four_processes():
+    spawn(_mixed_axes, processes=4)
+
+
+def _train(rank, text, folder, parallel, resume):
+    config = tiny_config(Path(text), parallel=parallel)
+    config = dataclasses.replace(config, steps=6, data=dataclasses.replace(config.data, batch_size=8))
+    if resume:
+        checkpoint, _ = load_for_resume(Path(resume))
+        config = dataclasses.replace(resumed_config(checkpoint), parallel=parallel)
+        run(config, Path(folder), resume=checkpoint, console=Console(quiet=True))
+    else:
+        run(config, Path(folder), console=Console(quiet=True))
+
+
+@pytest.mark.distributed
+def test_a_run_on_two_processes_equals_one_and_changes_its_layout(tmp_path):
+    text = write_text(tmp_path / "text")
+    _train(0, str(text), str(tmp_path / "one"), ParallelConfig(), None)
+    expected = load_checkpoint(tmp_path / "one")
+    for name, parallel in (("fsdp", ParallelConfig(shard=2)), ("pipeline", ParallelConfig(pipeline=2))):
+        spawn(_train, str(text), str(tmp_path / name), parallel, None)
+        actual = load_checkpoint(tmp_path / name)
+        assert actual.step == 6 and actual.model.keys() == expected.model.keys()
+        for key, value in expected.model.items():
+            torch.testing.assert_close(actual.model[key], value, rtol=1e-3, atol=2e-4)
+        first, second = (read_metrics(tmp_path / folder)["train"] for folder in ("one", name))
+        assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], rel=1e-3)
+        assert (tmp_path / name / "report.json").is_file()
+    middle = tmp_path / "fsdp" / "checkpoints" / "step_00000005"
+    spawn(_train, str(text), str(tmp_path / "fsdp"), ParallelConfig(pipeline=2), str(middle))
+    resumed = load_checkpoint(tmp_path / "fsdp")
+    for key, value in expected.model.items():
+        torch.testing.assert_close(resumed.model[key], value, rtol=1e-3, atol=2e-4)
+
+
+def test_axes_must_multiply_to_the_processes():
+    assert ParallelConfig(shard=2).sizes(4) == {"pipeline": 1, "replicate": 2, "shard": 2, "tensor": 1}
+    with pytest.raises(ValueError, match="but 3 are running"):
+        ParallelConfig(shard=2).sizes(3)
+    for fields in ({"shard": 0}, {"replicate": -1}, {"recompute": "some"}, {"recompute": 0}):
+        with pytest.raises(ValueError):
+            ParallelConfig(**fields)
+
+
+def test_unbuilt_combinations_are_refused():
+    for parallel in (ParallelConfig(tensor=2, shard=2), ParallelConfig(pipeline=2, shard=2)):
+        with pytest.raises(ValueError, match=r"replicate only"):
+            parallelize(Transformer(tiny_model()), parallel, Precision(device_type="cpu"), world=World(size=4))
+
+
+def test_stages_are_even():
+    assert stage_sizes(8, 3) == [3, 3, 2]
+    with pytest.raises(ValueError, match="between 1 and"):
+        stage_sizes(3, 4)
