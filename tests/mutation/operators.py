@@ -93,6 +93,8 @@ def _live(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         if isinstance(node, ast.arg):
             continue
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
+            continue  # a type
         if isinstance(node, ast.AnnAssign):
             if node.value is not None:
                 yield node.value

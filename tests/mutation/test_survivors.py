@@ -78,3 +78,34 @@ def test_rounding_has_derivative_one_at_zero_entries() -> None:
     matrix = torch.tensor([[0.25, 0.0], [0.0, 0.25]], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(round_to_nonexpansive(matrix).sum(), matrix)
     assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+@pytest.mark.parametrize("name", solvers.__all__)
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "3", None])
+def test_num_iters_must_be_a_positive_integer(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match="num_iters"):
+        getattr(solvers, name)(num_iters=value)
+
+
+@pytest.mark.parametrize("name", solvers.__all__)
+@pytest.mark.parametrize("options", [{"tol": 0.0}, {"tol": -1e-3}, {"first": "diagonal"}, {"first": None}])
+def test_other_options_outside_their_domain_are_refused(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        getattr(solvers, name)(**options)
+
+
+@pytest.mark.parametrize("name", ["SinkhornKnopp", "SinkhornLog", "SinkhornDamped", "Newton"])
+@pytest.mark.parametrize("cap", [0.0, -1.0])
+def test_a_range_cap_must_be_positive(name: str, cap: float) -> None:
+    with pytest.raises(ValueError, match="range_cap"):
+        getattr(solvers, name)(range_cap=cap)
+
+
+def test_small_options_are_accepted() -> None:
+    solvers.SinkhornKnopp(num_iters=1, tol=1e-300, range_cap=1e-300)
+    solvers.SinkhornLog(relaxation=1e-3)
+    solvers.SinkhornLog(relaxation=1.999)
+    solvers.SinkhornDamped(eps_start=0.0, eps_den=0.0)
+    for option in ("eps_start", "eps_den"):
+        with pytest.raises(ValueError, match=option):
+            solvers.SinkhornDamped(**{option: -1e-9})
