@@ -58,7 +58,12 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = list(self.arg_names)
-        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion") if key in kwargs}
+        options = {
+            key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion") if key in kwargs
+        }
+        if list(kwargs) != names[len(args) :]:
+            # a remembered kernel is launched with the constants as they come (mhc_layers.kernels.triton.launch)
+            raise TypeError(f"{self.fn.__name__}: constants {list(kwargs)}, parameters {names[len(args) :]}")
         bound = dict(zip(names, args, strict=False)) | kwargs
         launches.append(Launch(self, tuple(grid), {name: bound[name] for name in names}, options))
 
