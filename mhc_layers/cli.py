@@ -187,7 +187,7 @@ def _parse(arguments: list[str]) -> tuple[object, tuple[Checkpoint, Path] | None
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")],  # type: ignore[arg-type]
+        | Annotated[Bench, tyro.conf.subcommand("bench")],
         args=arguments,
         prog="python -m mhc_layers",
         description=f"Manifold-Constrained Hyper-Connections. Recipes: {recipes}.",

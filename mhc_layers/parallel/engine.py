@@ -53,10 +53,14 @@ class Engine(Protocol):
         Which share of the batch this process reads.
     """
 
-    model: nn.Module
     world: World
     data_rank: int
     data_size: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The part that this process owns."""
+        ...
 
     def forward_backward(self, tokens: Tensor, *, micro_batch_size: int = 0, watch: Watch | None = None) -> Tensor:
         """Add the gradients of the mean loss over the whole batch; return this loss, the same on every process."""

@@ -7,7 +7,7 @@ is one-forward-one-backward of :mod:`torch.distributed.pipelining`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from mhc_layers.conventions import get_convention
+from mhc_layers.hyper_connection import HyperConnection
 from mhc_layers.models.transformer import Transformer, WalkState
 from mhc_layers.parallel.engine import Precision, Watch, parameter_name
 from mhc_layers.parallel.mesh import World
@@ -93,7 +94,7 @@ class Stage(nn.Module):
         with self._precision.context():
             context = model.context(x.shape[1])
             state = WalkState(model.embed(x) if self.is_first else x, h_pre)
-            state = model.walk(state, context, list(self.sites.values()))
+            state = model.walk(state, context, cast("list[HyperConnection]", list(self.sites.values())))
             if self.is_last:
                 return model.readout(state.x, state.h_pre)
             return (state.x, state.h_pre) if self.carries_pre else state.x

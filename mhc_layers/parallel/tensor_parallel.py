@@ -135,7 +135,7 @@ class TensorParallel:
             return (_Copy.apply(arguments[0], self.group), *arguments[1:])
 
         def add(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            return _Sum.apply(output, self.group)  # type: ignore[no-any-return]
+            return _Sum.apply(output, self.group)
 
         module.register_forward_pre_hook(copy)
         module.register_forward_hook(add)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mhc_layers.recipes.gpu import medium_ddp, medium_fsdp, medium_pipeline, small_gpu
 from mhc_layers.recipes.tiny import tiny_cpu
 from mhc_layers.training.config import TrainConfig
 
-__all__ = ["RECIPES", "get_recipe", "tiny_cpu"]
+__all__ = ["RECIPES", "get_recipe", "medium_ddp", "medium_fsdp", "medium_pipeline", "small_gpu", "tiny_cpu"]
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny_cpu": tiny_cpu}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe for recipe in (tiny_cpu, small_gpu, medium_ddp, medium_fsdp, medium_pipeline)
+}
 """Every recipe by its name."""
 
 

@@ -228,12 +228,12 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def random_state() -> dict[str, Tensor]:
     """Return the states of Python's, NumPy's and torch's random generators as tensors."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    legacy = np.random.get_state(legacy=False)  # noqa: NPY002
     state = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "numpy": torch.tensor([*legacy["state"]["key"].tolist(), legacy["state"]["pos"], legacy["has_gauss"]]),
+        "numpy_gauss": torch.tensor([legacy["gauss"]], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():

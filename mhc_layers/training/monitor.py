@@ -263,8 +263,9 @@ def measure(coefficients: Coefficients, *, step: int = 0, certify: bool = True) 
         "distance_identity": np.linalg.norm(h_res - np.eye(n), axis=(-2, -1)).mean(1),
         "distance_uniform": np.linalg.norm(h_res - 1.0 / n, axis=(-2, -1)).mean(1),
     }
-    if coefficients.logits and all(value is not None for value in coefficients.logits):
-        sites["logit_range"] = np.array([np.ptp(value, axis=-1).max() for value in coefficients.logits])
+    logits = [value for value in coefficients.logits if value is not None]
+    if len(logits) == len(h_res):
+        sites["logit_range"] = np.array([np.ptp(value, axis=-1).max() for value in logits])
     prefix, suffix = composites(h_res)
     return Measurement(
         step=step,

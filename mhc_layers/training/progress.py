@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,7 +43,7 @@ class ProgressView:
         self._total = total_steps
         self._every = every_seconds
         self._last_line = -float("inf")
-        self._fields = {"loss": "  -  ", "bits": "  -  ", "rate": "-", "gain": "-"}
+        self._fields: dict[str, Any] = {"loss": "  -  ", "bits": "  -  ", "rate": "-", "gain": "-"}
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
             self._bar = Progress(
