@@ -15,11 +15,11 @@ def tiny_cpu() -> TrainConfig:
     return TrainConfig(
         name="tiny_cpu",
         model=TransformerConfig(vocab_size=256, dim=128, num_layers=4, num_heads=4, max_seq_len=512),
-        steps=400,
+        steps=600,
         data=DataConfig(seq_len=128, batch_size=16),
         optim=OptimConfig(learning_rate=3e-3),
-        schedule=ScheduleConfig(warmup_steps=40),
-        eval=EvalConfig(every=100),
+        schedule=ScheduleConfig(warmup_steps=50),
+        eval=EvalConfig(every=150),
         monitor=MonitorConfig(every=20, certify_every=100),
         checkpoint=CheckpointConfig(every=200),
     )
