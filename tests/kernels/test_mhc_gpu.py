@@ -104,8 +104,12 @@ def test_cuda_graph_replays_a_training_step() -> None:
         out.float().square().mean().backward()
         return out
 
-    for _ in range(2):
-        step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
