@@ -28,8 +28,8 @@ This page is written by `python -m tests.mutation.page`; do not edit it. {date}.
 the changed module in a process of its own, and tries the claims of `proofs` on it, then the module's tests. A mutant
 that both accept has survived. Survivors were read one by one: a missing test was written
 (`tests/mutation/test_survivors.py`), or the change alters nothing that is claimed, and the argument is listed below
-and in `tests/mutation/equivalent.py`. Large modules were sampled with a fixed seed; the columns say how many of the possible
-mutants were tried.
+and in `tests/mutation/equivalent.py`. Large modules were sampled with a fixed seed; the columns say how many of the
+possible mutants were tried.
 
 | module | possible | tried | rejected | by a claim | by a test | by a timeout or crash | argued equivalent | left |
 |---|---|---|---|---|---|---|---|---|
