@@ -9,6 +9,7 @@ from birkhoff import _xp
 __all__ = [
     "accumulate_dtype",
     "compute_dtype",
+    "exp_in_sum",
     "log_divide",
     "lower_bound",
     "marginal_errors",
@@ -55,7 +56,21 @@ def maximum_along(xp: Any, logits: Any, axis: int) -> Any:
     return lower_bound(xp, xp.max(logits, axis=axis, keepdims=True), xp.finfo(logits.dtype).min)
 
 
-def log_divide(xp: Any, logits: Any, axis: int, accumulate: Any) -> Any:
+_SMALLEST_EXPONENT = {"float32": -87.0, "float64": -708.0}  # exp of less is a denormal number, or zero
+
+
+def exp_in_sum(xp: Any, exponents: Any, branch: bool) -> Any:
+    """``exp(exponents)`` for a sum whose largest term is one.
+
+    On the host, terms that would be denormal numbers (which a processor makes one at a time) or zero become the
+    smallest normal ones, which such a sum does not notice.
+    """
+    if not branch:
+        return xp.exp(exponents)
+    return xp.exp(xp.maximum(exponents, _SMALLEST_EXPONENT[_xp.dtype_name(exponents.dtype)]))
+
+
+def log_divide(xp: Any, logits: Any, axis: int, accumulate: Any, *, branch: bool = False) -> Any:
     r"""Divide ``exp(logits)`` by its sums along ``axis``, in the log domain.
 
     .. math:: L_{ij} \leftarrow L_{ij} - \log \textstyle\sum_k \exp(L_{kj})
@@ -65,7 +80,7 @@ def log_divide(xp: Any, logits: Any, axis: int, accumulate: Any) -> Any:
     """
     shifted = logits - maximum_along(xp, logits, axis)
     # The largest term is exp(0) = 1; a smaller sum means a line of zeros, which log(1) = 0 leaves alone.
-    total = lower_bound(xp, reduce_sum(xp, xp.exp(shifted), axis, accumulate), 1.0)
+    total = lower_bound(xp, reduce_sum(xp, exp_in_sum(xp, shifted, branch), axis, accumulate), 1.0)
     return shifted - xp.log(total)
 
 

@@ -109,7 +109,7 @@ class Newton:
 
     def error(self, state: tuple[Any, ...], frame: Frame) -> Any:
         """``max |sum - 1|`` of the first-normalised side."""
-        sums = frame.sum(frame.xp.exp(state[0]), frame.order(self.first)[0])
+        sums = frame.sum(_math.exp_in_sum(frame.xp, state[0], frame.branch), frame.order(self.first)[0])
         return frame.xp.max(frame.xp.abs(sums - 1.0), axis=(frame.i, frame.j))
 
     def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
@@ -122,13 +122,13 @@ class Newton:
 
     def _sinkhorn(self, log_matrix: Any, frame: Frame) -> Any:
         for axis in frame.order(self.first):
-            log_matrix = _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate)
+            log_matrix = _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate, branch=frame.branch)
         return log_matrix
 
     def _direction(self, log_matrix: Any, reach: Any, frame: Frame) -> Any:
         """The Newton step as a change of logits, no longer than ``reach``."""
         xp = frame.xp
-        matrix = _tangent.lines_first(xp.exp(log_matrix), self.first, frame)
+        matrix = _tangent.lines_first(_math.exp_in_sum(xp, log_matrix, frame.branch), self.first, frame)
         gap, noise = self._gap(matrix, xp)
         weight = _math.lower_bound(xp, _tangent.weights(matrix, xp.ones_like(matrix[:, 0, :]), xp), _WEIGHT_FLOOR)
         step = _tangent.solve_laplacian(weight, gap, xp, noise=noise)
@@ -156,7 +156,7 @@ class Newton:
         xp = frame.xp
         first, last = frame.order(self.first)
         n = log_matrix.shape[frame.i]
-        gap = 1.0 - frame.sum(xp.exp(log_matrix), first)
+        gap = 1.0 - frame.sum(_math.exp_in_sum(xp, log_matrix, frame.branch), first)
         slope = xp.sum(gap * step, axis=(frame.i, frame.j), keepdims=True)
         length = xp.ones_like(slope)
         slack = 2.0 * n**0.5 * unit_roundoff(log_matrix.dtype)
@@ -165,7 +165,9 @@ class Newton:
             span = _peak(moved, frame)
             shifted = log_matrix + moved
             peak = _math.maximum_along(xp, shifted, last)
-            lines = peak + xp.log(_math.lower_bound(xp, frame.sum(xp.exp(shifted - peak), last), 1.0))
+            lines = peak + xp.log(
+                _math.lower_bound(xp, frame.sum(_math.exp_in_sum(xp, shifted - peak, frame.branch), last), 1.0)
+            )
             dual = xp.sum(lines, axis=(frame.i, frame.j), keepdims=True) - xp.sum(
                 moved, axis=(frame.i, frame.j), keepdims=True
             )
@@ -174,7 +176,7 @@ class Newton:
             if frame.branch and bool(xp.all(accepted)):
                 break
             length = xp.where(accepted, length, 0.5 * length)
-        return _math.log_divide(xp, log_matrix + length * step, last, frame.accumulate)
+        return _math.log_divide(xp, log_matrix + length * step, last, frame.accumulate, branch=frame.branch)
 
     def _closed_form(self, logits: Any, otherwise: Any, frame: Frame) -> Any:
         r""":math:`\log \sigma(\pm\theta/2)` on and off the diagonal; ``otherwise`` where theta is undefined."""

@@ -74,14 +74,16 @@ class SinkhornLog:
         axis, _ = frame.order(self.first)
         logits = cap(logits, self.range_cap, axis, frame)
         if self.relaxation != 1.0:
-            return (_math.log_divide(frame.xp, logits, axis, frame.accumulate),)
+            return (_math.log_divide(frame.xp, logits, axis, frame.accumulate, branch=frame.branch),)
         return (logits - _math.maximum_along(frame.xp, logits, axis),)
 
     def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
         """Both half steps."""
         (log_matrix,) = state
         for axis in frame.order(self.first):
-            log_matrix = self._relax(log_matrix, _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate))
+            log_matrix = self._relax(
+                log_matrix, _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate, branch=frame.branch)
+            )
         return (log_matrix,)
 
     def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
@@ -95,7 +97,7 @@ class SinkhornLog:
             yield frame.xp.exp(log_matrix), frame.order(self.first)[0], 1.0
         for _ in range(self.num_iters):
             for axis in frame.order(self.first):
-                divided = _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate)
+                divided = _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate, branch=frame.branch)
                 yield frame.xp.exp(divided), axis, self.relaxation
                 log_matrix = self._relax(log_matrix, divided)
         if self.relaxation != 1.0:
