@@ -252,8 +252,8 @@ def _inspect(command: Inspect, console: Console) -> int:
     if certificate is not None:
         what = "product of the absolute values of" if certificate.absolute else "composite of"
         console.print(
-            f"whole depth: the {what} {certificate.sites} sites has norm_2 <= {certificate.norm2_upper:.12g} for each of "
-            f"{certificate.tokens} tokens ({certificate.provenance}); the largest is at least "
+            f"whole depth: the {what} {certificate.sites} sites has norm_2 <= {certificate.norm2_upper:.12g} for each "
+            f"of {certificate.tokens} tokens ({certificate.provenance}); the largest is at least "
             f"{certificate.norm2_lower:.12g}",
             highlight=False,
             soft_wrap=True,

@@ -19,6 +19,7 @@ from mhc_layers.parallel.engine import Precision
 from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes
 from mhc_layers.parallel.parallelize import parallelize
 from mhc_layers.parallel.pipeline import stage_sizes
+from mhc_layers.parallel.sharded_checkpoint import load_shards, save_shards
 from mhc_layers.training.checkpoint import load_checkpoint
 from mhc_layers.training.metrics import read_metrics
 from mhc_layers.training.optim import OptimConfig, build_optimizers, load_optimizer_state, optimizer_state
@@ -208,6 +209,36 @@ def test_a_run_on_two_processes_equals_one_and_changes_its_layout(tmp_path):
     resumed = load_checkpoint(tmp_path / "fsdp")
     for key, value in expected.model.items():
         torch.testing.assert_close(resumed.model[key], value, rtol=1e-3, atol=2e-4)
+
+
+def _save_shards(rank, folder):
+    engine = build(tiny_model(), ParallelConfig(shard=2), join_processes("cpu"))
+    parameters = dict(engine.model.named_parameters())
+    save_shards(Path(folder), parameters)
+    expected = engine.gather(parameters)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.zero_()
+    load_shards(Path(folder), parameters)
+    for name, value in engine.gather(parameters).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.distributed
+def test_shards_are_read_by_two_processes_and_by_one(tmp_path):
+    spawn(_save_shards, str(tmp_path / "shards"))
+    model = build(tiny_model(), ParallelConfig(), World()).model
+    expected = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_shards(tmp_path / "shards", dict(model.named_parameters()))
+    for name, value in model.named_parameters():
+        assert torch.equal(value, expected[name]), name
+    with pytest.raises(FileExistsError):
+        save_shards(tmp_path / "shards", expected)
+    with pytest.raises(FileNotFoundError):
+        load_shards(tmp_path / "nowhere", expected)
 
 
 def test_axes_must_multiply_to_the_processes():
