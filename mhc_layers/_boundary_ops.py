@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhc_layers._fused_state import FusedState, SiteParams
-from mhc_layers._operators import batched, register
+from mhc_layers._operators import apply, batched, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
 from mhc_layers.functional import without_autocast
 from mhc_layers.kernels.options import padded_rows, site_options
@@ -293,7 +293,17 @@ def boundary(
     state_next : FusedState
         For the next site's write, or its boundary.
     """
-    x_next, u, coef, link, proj, rstd = Boundary.apply(
-        x, state.link, f.to(x.dtype), state.coef, state.proj, *state.params, state.options, *params, options, delayed
+    x_next, u, coef, link, proj, rstd = apply(
+        Boundary,
+        x,
+        state.link,
+        f.to(x.dtype),
+        state.coef,
+        state.proj,
+        *state.params,
+        state.options,
+        *params,
+        options,
+        delayed,
     )
     return x_next, u, FusedState(coef, link, proj, rstd, params, options)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-__all__ = ["batched", "register"]
+__all__ = ["apply", "batched", "register"]
 
 _LIBRARY = torch.library.Library("mhc_layers", "FRAGMENT")
 
@@ -24,6 +24,17 @@ def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mhc_layers::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.mhc_layers, name).default
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply(*args)`` with all arguments given, without the host time of binding them again.
+
+    A Function with a ``setup_context`` looks up the signature of its ``forward`` in every call, some 60 microseconds.
+    It is needed for default arguments only, and for transforms, which take the usual way.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
 def batched(

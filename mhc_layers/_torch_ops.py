@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 
 from mhc_layers._boundary_ops import boundary
 from mhc_layers._fused_state import FusedState, SiteParams
-from mhc_layers._operators import batched, register
+from mhc_layers._operators import apply, batched, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
 from mhc_layers._sites import FUNCTIONAL, SiteState
 from mhc_layers.conventions import Convention
@@ -345,7 +345,7 @@ class FusedSite:
         if _forward_mode():
             u, coef, proj, rstd = pre_composite(x, params, previous, options)
             return u, FusedState(coef, x, proj, rstd, params, options)
-        u, coef, link, proj, rstd = Pre.apply(x, *params, previous, options)
+        u, coef, link, proj, rstd = apply(Pre, x, *params, previous, options)
         return u, FusedState(coef, link, proj, rstd, params, options)
 
     def post(self, x: Tensor, f: Tensor, state: FusedState | SiteState) -> Tensor:
@@ -354,7 +354,7 @@ class FusedSite:
             return FUNCTIONAL.post(x, f, state)
         if _forward_mode():
             return plain.write_forward(x, f, state.coef)
-        return Post.apply(x, state.link, f.to(x.dtype), state.coef, state.proj, *state.params, state.options)
+        return apply(Post, x, state.link, f.to(x.dtype), state.coef, state.proj, *state.params, state.options)
 
     def boundary(
         self, x: Tensor, f: Tensor, state: FusedState | SiteState, next_site: HyperConnection
