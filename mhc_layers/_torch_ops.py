@@ -366,6 +366,22 @@ class FusedSite:
             return x, *self.pre(x, next_site, state.h_pre)
         return boundary(x, f, state, params, self.options, bool(self.convention.read_delay))
 
+    def warm_up(self, site: HyperConnection, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Compile every kernel that the training of a site needs, on its device, for streams of a dtype.
+
+        The number of tokens is an argument of the kernels; only few tokens (up to 32) and many have kernels of their
+        own. So two small batches are enough, and no later batch size compiles anything. Gradients of the site's
+        parameters are not touched.
+        """
+        n, c = site.num_streams, site.dim
+        for tokens in (1, 64):
+            x = torch.zeros(tokens, n, c, dtype=dtype, device=site.phi.device, requires_grad=True)
+            with torch.enable_grad():
+                u, state = self.pre(x, site)
+                y, u, state = self.boundary(x, u, state, site)
+                y = self.post(y, u, state)
+            torch.autograd.grad(y, [x, *SiteParams.of(site)], torch.zeros_like(y), allow_unused=True)
+
 
 def _forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken; never while compiling."""

@@ -299,6 +299,17 @@ def test_any_number_of_tokens(tokens: int) -> None:
     assert torch.isfinite(fused.phi.grad).all()
 
 
+@pytest.mark.parametrize("convention", [PAPER, DEEPSEEK_V41], ids=["paper", "v41"])
+def test_warm_up_runs_all_operators_and_leaves_gradients_alone(convention: Any) -> None:
+    fused, _ = twin_sites(4, 6, convention)
+    with torch.profiler.profile() as profile:
+        fused.implementation.warm_up(fused, torch.float32)
+    ran = {event.key for event in profile.key_averages()}
+    names = ("pre_forward", "post_forward", "post_backward", "pre_backward", "boundary_forward", "boundary_backward")
+    assert {f"mhc_layers::{name}" for name in names} <= ran
+    assert all(parameter.grad is None for parameter in fused.parameters())
+
+
 def test_strided_gradients_and_streams() -> None:
     fused, plain = twin_sites(4, 6, PAPER)
     base = torch.randn(4, 5, 6)
