@@ -161,6 +161,7 @@ class Trainer:
         self._bits = float("nan")
         self._throughput = Throughput()
         self._saved_step = -1
+        self._last: tuple[Tensor, Tensor] | None = None
         if resume is not None:
             self._restore(resume)
         self.log = MetricsLog(folder, resume_step=None if resume is None else resume.step, enabled=self.world.is_main)
@@ -187,7 +188,7 @@ class Trainer:
                 self.first_bits = self._validate()
             started = time.perf_counter() - self.seconds
             while self.step < config.steps and not self._anyone(stop.wanted):
-                loss, norm = self._train_step()
+                loss, norm = self._last = self._train_step()
                 self.seconds = time.perf_counter() - started
                 self._throughput.add(config.data.batch_size * config.data.seq_len)
                 self._after_step(loss, norm)
@@ -196,6 +197,8 @@ class Trainer:
                 if self.step % config.checkpoint.every == 0:
                     self.save()
             complete = self.step >= config.steps
+            if self._last is not None:
+                self._check_finite(*self._last)
             self.save()
         return complete
 
