@@ -7,6 +7,7 @@ holds the sweeps that the numbers come from.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,7 @@ class StreamsBackwardConfig:
     num_stages: int
 
 
+@functools.lru_cache(maxsize=4096)
 def row_config(num_streams: int, dim: int, item_size: int, reducing: bool) -> RowConfig:
     """Tile of read, write, and of the reducing kernels A and B1 (full row per program)."""
     if is_interpreting():
@@ -105,6 +107,7 @@ def row_config(num_streams: int, dim: int, item_size: int, reducing: bool) -> Ro
     return RowConfig(4, block_channels, 4)
 
 
+@functools.lru_cache(maxsize=4096)
 def project_config(
     num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int, capability: int
 ) -> ProjectConfig:
@@ -125,6 +128,7 @@ def project_config(
     return ProjectConfig(block_tokens, block_k, num_splits, 4, 3 if wide else 4)
 
 
+@functools.lru_cache(maxsize=4096)
 def streams_backward_config(
     num_tokens: int, num_streams: int, dim: int, item_size: int, sms: int, capability: int
 ) -> StreamsBackwardConfig:
@@ -168,6 +172,7 @@ class FinishConfig:
     length: int
 
 
+@functools.lru_cache(maxsize=4096)
 def finish_config(num_streams: int) -> FinishConfig:
     """One token a lane up to n = 4, a tile of lanes beyond."""
     if is_interpreting():
