@@ -7,7 +7,9 @@ bfloat16 and the same float32 parameters; what each does with them is in its ``n
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -75,6 +77,8 @@ class TileKernels:
     """TileKernels 1.0.0: phi rounded to TF32, one read for the projection and one for u."""
 
     def __init__(self, parameters: Parameters, num_streams: int) -> None:
+        if importlib.util.find_spec("tilelang.utils.target") is None:  # its name until tilelang moved it
+            sys.modules["tilelang.utils.target"] = importlib.import_module("tilelang.backend.target")
         from tile_kernels.modeling.mhc import functional
 
         self._functional, self._n = functional, num_streams
