@@ -80,6 +80,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
                "the first scaling is overwritten before it is read"),
     Equivalent("birkhoff.solvers.sinkhorn_knopp", (("module", "True", "False"),),
                "keyword-only fields of a class that adds none"),
+    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("push_start", "0", "1"), ("pull_start_tangent", "0", "1")),
+               "not reached: forward and second derivatives are those of the log solver, for any range"),
+    Equivalent("birkhoff.solvers.newton", (("_direction", "0", "1"),),
+               "which slice an array of ones takes its shape from"),
     Equivalent("birkhoff.solvers.sinkhorn_log", (("init", "1.0", "2.0"), ("trajectory", "1.0", "2.0")),
                "the path of over-relaxation with weight 1: one more normalisation of a normalised matrix"),
 )  # fmt: skip

@@ -109,3 +109,39 @@ def test_small_options_are_accepted() -> None:
     for option in ("eps_start", "eps_den"):
         with pytest.raises(ValueError, match=option):
             solvers.SinkhornDamped(**{option: -1e-9})
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SinkhornDamped", {"eps_start": 0.1, "eps_den": 0.05}),
+        ("SinkhornDamped", {"eps_start": 0.1, "eps_den": 0.0, "range_cap": 1.0}),
+        ("SinkhornDamped", {"eps_start": 0.0, "eps_den": 0.2}),
+        ("SinkhornLog", {"range_cap": 1.0}),
+        ("SinkhornLog", {"relaxation": 1.4}),
+        ("SinkhornKnopp", {"range_cap": 1.0}),
+    ],
+)
+def test_first_and_second_derivatives_with_every_option(name: str, options: dict[str, float], first: str) -> None:
+    torch = pytest.importorskip("torch")
+    solver = getattr(solvers, name)(num_iters=2, first=first, **options)
+    logits = torch.tensor([[0.3, -1.7, 0.9], [1.4, 0.2, -0.6], [-2.1, 0.5, 0.1]], dtype=torch.float64)
+
+    def function(x):  # type: ignore[no-untyped-def]
+        return birkhoff.project(x, solver).matrix
+
+    logits.requires_grad_(True)
+    assert torch.autograd.gradcheck(function, (logits,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (logits,), check_fwd_over_rev=True)
+
+
+def test_the_damped_recurrence_with_large_eps_is_the_oracle() -> None:
+    from birkhoff import reference
+
+    logits = np.random.default_rng(3).standard_normal((4, 3, 3)) * 3
+    for first in ("columns", "rows"):
+        for eps_start, eps_den in ((0.1, 0.05), (0.0, 0.3), (0.2, 0.0)):
+            solver = solvers.SinkhornDamped(num_iters=4, first=first, eps_start=eps_start, eps_den=eps_den)
+            known = reference.sinkhorn_damped(logits, 4, first=first, eps_start=eps_start, eps_den=eps_den)
+            assert np.abs(birkhoff.project(logits, solver).matrix - known).max() < 1e-14
