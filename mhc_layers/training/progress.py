@@ -47,14 +47,13 @@ class ProgressView:
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=8),
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}"),
                 TextColumn("[cyan]{task.fields[bits]} bits/byte"),
                 TextColumn("{task.fields[rate]} tok/s"),
                 TextColumn("[magenta]gain {task.fields[gain]}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),
                 console=self.console,
                 refresh_per_second=4,
             )
@@ -72,14 +71,14 @@ class ProgressView:
             self._bar.stop()
 
     def show_gain(self, forward: float, backward: float) -> None:
-        """Set the composite gain: the largest row sum and column sum of the whole depth's operator."""
-        self._fields["gain"] = f"{forward:.3f} fwd {backward:.3f} bwd"
+        """Set the composite gain, forward/backward: largest row sum and column sum of the whole depth's operator."""
+        self._fields["gain"] = f"{forward:.3f}/{backward:.3f}"
 
     def update(self, step: int, *, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
         """Show the numbers after ``step`` steps."""
         if not self.enabled:
             return
-        self._fields.update(loss=f"{loss:.4f}", bits=f"{bits_per_byte:.3f}", rate=f"{tokens_per_second:,.0f}")
+        self._fields.update(loss=f"{loss:.4f}", bits=f"{bits_per_byte:.3f}", rate=f"{tokens_per_second / 1e3:.1f}k")
         if self._bar is not None:
             self._bar.update(self._task, completed=step, **self._fields)
             return
