@@ -223,8 +223,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Command: `{report.get('command', '')}`",
         "",
         f"{report['layers']} layers, {report['batch']} x {report['sequence']} = {tokens} tokens, SwiGLU of 8/3 C, "
-        "heads of 128, sublayers under torch.compile in every row, no optimizer step, as called. Kept is alive between forward "
-        "and backward; peak is the highest above weights, gradients included.",
+        "heads of 128, sublayers under torch.compile in every row, no optimizer step, as called. Kept is alive between "
+        "forward and backward; peak is the highest above weights, gradients included.",
     ]
     for width in report["widths"]:
         timed = {row["name"]: row for row in width["rows"] if "called_us" in row}
