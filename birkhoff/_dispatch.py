@@ -106,8 +106,10 @@ def _dtypes(logits: Any, precision: Precision) -> tuple[Any, Any, Any, Any]:
 
 def _contiguous(stack: Any) -> Any:
     """The stack in C order; no copy where it already is."""
-    xp = _xp.array_namespace(stack)
-    return xp.reshape(xp.reshape(stack, (-1,)), stack.shape)
+    # not by reshape: an evenly strided stack flattens without a copy
+    if hasattr(stack, "contiguous"):  # torch
+        return stack.contiguous()
+    return _xp.array_namespace(stack).ascontiguousarray(stack)  # NumPy and CuPy; the strict namespace has no kernels
 
 
 def explain(logits: Any, solver: Any, *, precision: Precision = DEFAULT) -> Resolution[Facts]:

@@ -122,7 +122,7 @@ def _provenance(subject: Certifier, sample: Sample) -> Observation:
     equal = bool(np.all(certificate["norm2_lower"] == certificate["norm2_upper"]))
     expected = "exact" if equal else "enclosure"
     right = certificate["provenance"] == expected
-    identity = subject.certify(np.eye(matrices.shape[-1])[None], sample.dtype)
+    identity = subject.certify(np.eye(matrices.shape[-1])[None], "float64")
     right_identity = identity["provenance"] == "exact" and float(identity["norm2_upper"][0]) == 1.0
     return Observation(0.0 if right and right_identity else 2.0, 1.0, 0, f"provenance {certificate['provenance']}")
 
@@ -264,7 +264,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="provenance_is_never_upgraded",
         family="certificate",
-        statement="'exact' is said only when lower and upper bound are equal; it is said of the identity.",
+        statement="'exact' is said only when lower and upper bound are equal; it is said of the identity in float64.",
         reference="derivations: spectral_norm_certificate",
         domain="as for certificate_holds",
         method="compared with the bounds",

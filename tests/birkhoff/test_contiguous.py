@@ -1,0 +1,28 @@
+"""What a fused kernel gets is in C order, whatever layout the caller had."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from birkhoff import _dispatch
+from proofs import strategies
+
+
+@pytest.mark.parametrize("name", strategies.LAYOUTS)
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_numpy_layouts_become_contiguous(name: str, n: int) -> None:
+    values = np.random.default_rng(0).standard_normal((3, n, n))
+    stack = strategies.layout(values, name)
+    result = _dispatch._contiguous(stack)
+    assert result.flags.c_contiguous and np.array_equal(result, values)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_an_evenly_strided_torch_stack_is_copied(n: int) -> None:
+    torch = pytest.importorskip("torch")
+    wide = torch.randn(3, n, 2 * n, dtype=torch.float64)
+    for stack in (wide[..., ::2], wide[..., :n].mT, torch.randn(n, n, 3).movedim(-1, 0), wide[..., :n][::2]):
+        result = _dispatch._contiguous(stack)
+        assert result.is_contiguous() and torch.equal(result, stack)
+        assert result.stride() == torch.empty(stack.shape).stride()
