@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """The maps of S sites for T tokens, float64 on the CPU, and the streams around them.
+    """The maps of S sites for T tokens, float64 on the CPU, and how the streams around them relate.
 
     Attributes
     ----------
@@ -50,15 +50,15 @@ class Coefficients:
         ``(S, T, n, n)``, acting from the left.
     logits : list of numpy.ndarray or None
         Residual logits ``(T, k)`` of each site, None where a site has none.
-    streams : numpy.ndarray or None
-        Streams ``(S + 1, T, n, C)`` that enter each site, and those that leave the last one.
+    gram : numpy.ndarray or None
+        Inner products ``(S + 1, T, n, n)`` of the streams that enter each site, and of those that leave the last one.
     """
 
     h_pre: np.ndarray
     h_post: np.ndarray
     h_res: np.ndarray
     logits: list[np.ndarray | None] = field(default_factory=list)
-    streams: np.ndarray | None = None
+    gram: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +172,10 @@ class Monitor:
         """Measure what :meth:`watch` kept; None if nothing is waiting."""
         if self._pending is None:
             return None
-        started = time.perf_counter()
         (step, picked), self._pending = self._pending, None
+        if picked[0][0].is_cuda:
+            torch.cuda.synchronize(picked[0][0].device)  # the step that runs now is not the monitor's time
+        started = time.perf_counter()
         coefficients = _to_host(picked)
         certify = self.config.certify_every > 0 and step % self.config.certify_every == 0
         result = measure(coefficients, step=step, certify=certify)
@@ -196,7 +198,7 @@ def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
 
 
 def _collect(captured: CapturedCoefficients, tokens: int) -> list[list[Tensor]]:
-    """Pick some tokens' maps, streams and residual logits on the device, without waiting for it."""
+    """Pick some tokens' maps, residual logits and streams' inner products on the device, without waiting for it."""
     records, streams = list(captured), captured.streams
     if captured.final_streams is not None:
         streams = [*streams, captured.final_streams]
@@ -204,25 +206,25 @@ def _collect(captured: CapturedCoefficients, tokens: int) -> list[list[Tensor]]:
     index = torch.linspace(0, num_tokens - 1, min(tokens, num_tokens), dtype=torch.float64).round().long()
     index = index.to(records[0].h_pre.device, non_blocking=True)
     with torch.no_grad():
-        groups = [
+        picked = [x.flatten(0, -3)[index] for x in streams]
+        return [
             [record.h_pre.flatten(0, -2)[index] for record in records],
             [record.h_post.flatten(0, -2)[index] for record in records],
             [record.h_res.flatten(0, -3)[index] for record in records],
-            [x.flatten(0, -3)[index] for x in streams],
+            [x.to(torch.float64) @ x.to(torch.float64).mT for x in picked],
+            [_residual_logits(site, x) for site, x in zip(captured.sites, picked, strict=False)],
         ]
-        groups.append([_residual_logits(site, x) for site, x in zip(captured.sites, groups[3], strict=False)])
-    return groups
 
 
 def _to_host(groups: list[list[Tensor]]) -> Coefficients:
     """Copy what :func:`_collect` picked to the CPU in one transfer."""
     parts = [part for group in groups for part in group]
-    flat = torch.cat([part.to(torch.float32).flatten() for part in parts]).cpu()
+    flat = torch.cat([part.to(torch.float64).flatten() for part in parts]).cpu()
     pieces = iter(flat.split([part.numel() for part in parts]))
-    arrays = [[next(pieces).view(part.shape).to(torch.float64).numpy() for part in group] for group in groups]
-    h_pre, h_post, h_res, x = (np.stack(group) for group in arrays[:4])
+    arrays = [[next(pieces).view(part.shape).numpy() for part in group] for group in groups]
+    h_pre, h_post, h_res, gram = (np.stack(group) for group in arrays[:4])
     logits = [value if value.size else None for value in arrays[4]]
-    return Coefficients(h_pre=h_pre, h_post=h_post, h_res=h_res, streams=x, logits=logits)
+    return Coefficients(h_pre=h_pre, h_post=h_post, h_res=h_res, gram=gram, logits=logits)
 
 
 def measure(coefficients: Coefficients, *, step: int = 0, certify: bool = True) -> Measurement:
@@ -271,7 +273,7 @@ def measure(coefficients: Coefficients, *, step: int = 0, certify: bool = True) 
         step=step,
         sites=sites,
         composite={**_gains("prefix_", prefix), **_gains("suffix_", suffix)},
-        streams={} if coefficients.streams is None else stream_statistics(coefficients.streams),
+        streams={} if coefficients.gram is None else stream_statistics(coefficients.gram),
         mean_h_res=h_res.mean(1),
         mean_composite=prefix[-1].mean(0),
         certificate=certify_composite(h_res) if certify else None,
@@ -328,13 +330,13 @@ def certify_composite(h_res: np.ndarray) -> CompositeCertificate:
     )
 
 
-def stream_statistics(streams: np.ndarray) -> dict[str, np.ndarray]:
+def stream_statistics(gram: np.ndarray) -> dict[str, np.ndarray]:
     """Say how different the streams are.
 
     Parameters
     ----------
-    streams : numpy.ndarray
-        ``(L, T, n, C)`` at L depths.
+    gram : numpy.ndarray
+        Inner products ``(L, T, n, n)`` of n streams at L depths.
 
     Returns
     -------
@@ -344,21 +346,21 @@ def stream_statistics(streams: np.ndarray) -> dict[str, np.ndarray]:
         ``cosine_min`` (over pairs of streams), ``difference`` (norm of the streams minus their mean, relative to the
         norm of the streams; 0 if all streams are equal).
     """
-    n = streams.shape[-2]
-    gram = streams @ streams.swapaxes(-1, -2)
+    n = gram.shape[-1]
     energy = np.clip(np.linalg.eigvalsh(gram), 0.0, None)
     share = energy / np.maximum(energy.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
     entropy = -(share * np.log(np.maximum(share, np.finfo(np.float64).tiny))).sum(-1)
     norms = np.sqrt(np.maximum(np.diagonal(gram, axis1=-2, axis2=-1), np.finfo(np.float64).tiny))
     cosine = gram / (norms[..., :, None] * norms[..., None, :])
     pairs = cosine[..., *np.triu_indices(n, 1)] if n > 1 else np.ones((*cosine.shape[:-2], 1))
-    centred = streams - streams.mean(-2, keepdims=True)
-    total = np.maximum(np.linalg.norm(streams, axis=(-2, -1)), np.finfo(np.float64).tiny)
+    total = np.trace(gram, axis1=-2, axis2=-1)
+    common = gram.sum((-2, -1)) / n
+    apart = np.sqrt(np.clip(total - common, 0.0, None) / np.maximum(total, np.finfo(np.float64).tiny))
     return {
         "effective_streams": np.exp(entropy).mean(1),
         "cosine_mean": pairs.mean((-1, 1)),
         "cosine_min": pairs.min(-1).mean(1),
-        "difference": (np.linalg.norm(centred, axis=(-2, -1)) / total).mean(1),
+        "difference": apart.mean(1),
     }
 
 

@@ -104,14 +104,21 @@ def test_one_stream_is_measured_too():
 
 
 def test_stream_statistics_of_equal_and_orthogonal_streams():
+    def statistics(streams):
+        return stream_statistics(streams @ streams.swapaxes(-1, -2))
+
     equal = np.broadcast_to(np.arange(1.0, 9.0), (1, 2, 4, 8))
-    values = stream_statistics(equal)
+    values = statistics(equal)
     assert values["cosine_mean"][0] == pytest.approx(1) and values["difference"][0] == pytest.approx(0)
     assert values["effective_streams"][0] == pytest.approx(1, abs=1e-6)
     orthogonal = np.eye(4, 8)[None, None]
-    values = stream_statistics(orthogonal)
+    values = statistics(orthogonal)
     assert values["cosine_mean"][0] == pytest.approx(0) and values["effective_streams"][0] == pytest.approx(4)
-    assert stream_statistics(np.zeros((1, 1, 4, 8)))["difference"][0] == 0.0
+    assert statistics(np.zeros((1, 1, 4, 8)))["difference"][0] == 0.0
+    streams = np.random.default_rng(0).normal(size=(3, 5, 4, 8))
+    centred = streams - streams.mean(-2, keepdims=True)
+    expected = np.linalg.norm(centred, axis=(-2, -1)) / np.linalg.norm(streams, axis=(-2, -1))
+    np.testing.assert_allclose(statistics(streams)["difference"], expected.mean(1))
 
 
 @pytest.fixture
@@ -129,7 +136,7 @@ def test_fetched_coefficients_are_those_of_the_forward_pass(model):
     with capture_coefficients(model) as captured:
         forward(model)
     result = fetch(captured, tokens=1000)
-    assert result.h_res.shape == (4, 33, 4, 4) and result.streams.shape == (5, 33, 4, 16)
+    assert result.h_res.shape == (4, 33, 4, 4) and result.gram.shape == (5, 33, 4, 4)
     for site, record in enumerate(captured):
         np.testing.assert_array_equal(result.h_res[site], record.h_res.reshape(33, 4, 4).double().numpy())
         np.testing.assert_array_equal(result.h_pre[site], record.h_pre.reshape(33, 4).double().numpy())
