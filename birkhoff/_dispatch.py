@@ -58,7 +58,7 @@ def stack_forward(logits: Any, solver: Any, precision: Precision, *, branch: boo
     """Project a stack ``(B, n, n)`` of real arrays by the row that serves it; the result in the dtype to store."""
     resolution = resolve(logits, solver, precision)
     if resolution.row.targets:
-        return resolution.row.load("forward")(_contiguous(logits), **kernel_arguments(solver))
+        return resolution.row.load("forward")(_xp.contiguous(logits), **kernel_arguments(solver))
     xp, compute, accumulate, store = _dtypes(logits, precision)
     matrix = _iterate.run(solver, _xp.astype(xp, logits, compute), xp=xp, accumulate=accumulate, branch=branch)
     return _xp.astype(xp, matrix, store)
@@ -69,7 +69,7 @@ def stack_vjp(logits: Any, grad_matrix: Any, solver: Any, precision: Precision, 
     resolution = resolve(logits, solver, precision)
     if resolution.row.targets:
         return resolution.row.load("backward")(
-            _contiguous(logits), _contiguous(grad_matrix), **kernel_arguments(solver)
+            _xp.contiguous(logits), _xp.contiguous(grad_matrix), **kernel_arguments(solver)
         )
     xp, compute, accumulate, _ = _dtypes(logits, precision)
     stacks = (_xp.astype(xp, logits, compute), _xp.astype(xp, grad_matrix, compute))
@@ -84,7 +84,7 @@ def stack_to_tolerance(
     resolution = resolve(logits, solver, precision)
     if trace is None and "to_tolerance" in resolution.row.targets:
         options = {name: getattr(solver, name) for name in ("num_iters", "tol", "first", "range_cap")}
-        matrix, counts = resolution.row.load("to_tolerance")(_contiguous(logits), **options)
+        matrix, counts = resolution.row.load("to_tolerance")(_xp.contiguous(logits), **options)
         return matrix, counts
     xp, compute, accumulate, store = _dtypes(logits, precision)
     matrix, counts = _iterate.run_to_tolerance(
@@ -102,14 +102,6 @@ def with_dtypes(function: Callable[..., Any], stacks: tuple[Any, ...], solver: A
 def _dtypes(logits: Any, precision: Precision) -> tuple[Any, Any, Any, Any]:
     xp, settled = _xp.array_namespace(logits), precision.resolve(logits.dtype)
     return xp, *(_xp.dtype_of(xp, str(name)) for name in (settled.compute, settled.accumulate, settled.store))
-
-
-def _contiguous(stack: Any) -> Any:
-    """The stack in C order; no copy where it already is."""
-    # not by reshape: an evenly strided stack flattens without a copy
-    if hasattr(stack, "contiguous"):  # torch
-        return stack.contiguous()
-    return _xp.array_namespace(stack).ascontiguousarray(stack)  # NumPy and CuPy; the strict namespace has no kernels
 
 
 def explain(logits: Any, solver: Any, *, precision: Precision = DEFAULT) -> Resolution[Facts]:

@@ -17,6 +17,7 @@ __all__ = [
     "array_namespace",
     "astype",
     "can_branch",
+    "contiguous",
     "detach",
     "device",
     "device_kind",
@@ -110,6 +111,16 @@ def detach(array: Any) -> Any:
     """The same values outside automatic differentiation (the array itself where the library has none)."""
     method = getattr(array, "detach", None)
     return array if method is None else method()
+
+
+def contiguous(array: Any) -> Any:
+    """The array in C order without gaps, as a kernel addresses it; the array itself where it is so. torch and CuPy.
+
+    Flattening and unflattening is not enough: a vector with a stride flattens to a view of itself.
+    """
+    if hasattr(array, "contiguous"):
+        return array.contiguous()
+    return array if array.flags.c_contiguous else array.copy()  # CuPy's (and NumPy's) copy is in C order
 
 
 def can_branch(array: Any) -> bool:

@@ -76,6 +76,10 @@ def test_input_is_not_changed_and_layout_does_not_matter(kind: type, backend: Ba
     assert (to_numpy(birkhoff.project(swapped, kind()).matrix) == expected).all()
     strided = backend.asarray(np.repeat(values, 2, axis=0))[::2, ...]
     assert (to_numpy(birkhoff.project(strided, kind()).matrix) == expected).all()
+    single = np.full((80, 1, 1), np.nan)
+    single[::2] = values[:, :1, :1]  # every second number: a vector with a stride and nothing in between
+    gaps = birkhoff.project(backend.asarray(single)[::2, ...], kind()).matrix
+    assert np.abs(to_numpy(gaps) - 1.0).max() <= 3e-6
 
 
 def test_a_batch_gives_what_its_parts_give(kind: type, backend: Backend, rng: Any) -> None:
