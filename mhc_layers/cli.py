@@ -28,7 +28,7 @@ from mhc_layers.training.data import load_corpus
 from mhc_layers.training.errors import TrainingError
 from mhc_layers.training.inspection import inspect_model, load_model
 from mhc_layers.training.loop import choose_device
-from mhc_layers.training.report import inspection_table, sample_text
+from mhc_layers.training.report import inspection_table, rounded_down, rounded_up, sample_text
 from mhc_layers.training.run import (
     check_resumable,
     latest_run,
@@ -250,11 +250,12 @@ def _inspect(command: Inspect, console: Console) -> int:
     console.print(inspection_table(inspection))
     certificate = inspection.measurement.certificate
     if certificate is not None:
+        bound, reached = rounded_up(certificate.norm2_upper), rounded_down(certificate.norm2_lower)
         what = "product of the absolute values of" if certificate.absolute else "composite of"
         console.print(
-            f"whole depth: the {what} {certificate.sites} sites has norm_2 <= {certificate.norm2_upper:.12g} for each "
+            f"whole depth: the {what} {certificate.sites} sites has norm_2 <= {bound} for each "
             f"of {certificate.tokens} tokens ({certificate.provenance}); the largest is at least "
-            f"{certificate.norm2_lower:.12g}",
+            f"{reached}",
             highlight=False,
             soft_wrap=True,
         )

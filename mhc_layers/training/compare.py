@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mhc_layers import plots
 from mhc_layers.training.metrics import read_metrics
-from mhc_layers.training.report import Report, read_report
+from mhc_layers.training.report import Report, read_report, rounded_up
 
 __all__ = ["Comparison", "compare_runs", "comparison_table"]
 
@@ -74,13 +74,13 @@ def comparison_table(comparison: Comparison) -> Table:
         "connection",
         "parameters",
         "bits/byte",
-        "norm_2 at most",
+        "norm_2 <=",
         "forward gain",
         "backward gain",
-        "streams differ",
+        "differ",
         "tokens/s",
     ):
-        table.add_column(heading, justify="left" if heading in ("run", "connection") else "right")
+        table.add_column(heading, justify="left" if heading in ("run", "connection") else "right", no_wrap=True)
     rows = sorted(zip(comparison.folders, comparison.reports, strict=True), key=lambda pair: pair[1].bits_per_byte)
     for folder, report in rows:
         table.add_row(
@@ -88,7 +88,7 @@ def comparison_table(comparison: Comparison) -> Table:
             report.connection,
             f"{report.parameters:,}",
             f"{report.bits_per_byte:.4f}",
-            f"{report.norm2_upper:.6g}" + (" (abs)" if report.absolute else ""),
+            rounded_up(report.norm2_upper, 6) + (" (abs)" if report.absolute else ""),
             f"{report.forward_gain_min:.3f} - {report.forward_gain_max:.3f}",
             f"{report.backward_gain_min:.3f} - {report.backward_gain_max:.3f}",
             f"{report.stream_difference:.4f}",

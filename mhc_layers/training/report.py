@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 
 import torch
@@ -233,15 +234,32 @@ def show_report(report: Report, console: Console) -> None:
     console.print(Panel(Text(report.sample), title="sample", expand=False))
 
 
+def rounded_up(value: float, digits: int = 9) -> str:
+    """Write an upper bound with some decimals such that what is written is an upper bound too.
+
+    Examples
+    --------
+    >>> rounded_up(1.00000000012), rounded_down(1.00000000012)
+    ('1.000000001', '1.000000000')
+    """
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+
+
+def rounded_down(value: float, digits: int = 9) -> str:
+    """Write a lower bound with some decimals such that what is written is a lower bound too."""
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_FLOOR))
+
+
 def report_lines(report: Report) -> list[tuple[str, str]]:
     """Return the lines of a report as label and text."""
     what = "product of absolute values" if report.absolute else "composite"
+    bound, reached = rounded_up(report.norm2_upper), rounded_down(report.norm2_lower)
     return [
         ("validation", f"{report.bits_per_byte:.3f} bits per byte (before training {report.first_bits_per_byte:.3f})"),
         (
             "certified norm",
-            f"||{what} of {report.sites} sites||_2 <= {report.norm2_upper:.9g} for each of {report.certified_tokens} "
-            f"held-out tokens ({report.provenance}); the largest is at least {report.norm2_lower:.9g}",
+            f"||{what} of {report.sites} sites||_2 <= {bound} for each of {report.certified_tokens} "
+            f"held-out tokens ({report.provenance}); the largest is at least {reached}",
         ),
         (
             "composite gain",
@@ -282,8 +300,8 @@ def inspection_table(inspection: Inspection) -> Table:
     for index, site in enumerate(inspection.sites):
         table.add_row(
             site.name,
-            f"{site.norm2_upper:.9f}",
-            f"{site.norm2_lower:.9f}",
+            rounded_up(site.norm2_upper),
+            rounded_down(site.norm2_lower),
             site.provenance,
             f"{values['forward_gain_min'][index]:.4f} - {values['forward_gain_max'][index]:.4f}",
             f"{values['backward_gain_min'][index]:.4f} - {values['backward_gain_max'][index]:.4f}",
