@@ -110,17 +110,17 @@ def render() -> str:
 
 def render_measured(paths: Sequence[Path]) -> str:
     """Return a page of what the reports of ``python -m proofs --json`` hold, a table for each backend."""
-    records: dict[str, list[dict[str, Any]]] = {}
+    latest: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     versions: dict[str, dict[str, str]] = {}
     for path in paths:
         document = json.loads(path.read_text(encoding="utf-8"))
         for record in document["outcomes"]:
             backend = record["subject"].rpartition(" on ")[2]
-            records.setdefault(backend, []).append(record)
+            latest.setdefault(backend, {})[record["claim"], record["subject"]] = record  # a later report counts
             versions[backend] = document["versions"]
     lines = [_MEASURED]
-    for backend, found in records.items():
-        tried = [record for record in found if record["verdict"] != "not claimed"]
+    for backend, found in latest.items():
+        tried = [record for record in found.values() if record["verdict"] != "not claimed"]
         broken = [record for record in tried if record["verdict"] == "broken"]
         lines += [
             f"## {backend}",

@@ -145,3 +145,9 @@ def test_the_damped_recurrence_with_large_eps_is_the_oracle() -> None:
             solver = solvers.SinkhornDamped(num_iters=4, first=first, eps_start=eps_start, eps_den=eps_den)
             known = reference.sinkhorn_damped(logits, 4, first=first, eps_start=eps_start, eps_den=eps_den)
             assert np.abs(birkhoff.project(logits, solver).matrix - known).max() < 1e-14
+
+
+def test_a_line_of_structural_zeros_stays_zero_without_eps() -> None:
+    logits = np.array([[-np.inf, -np.inf], [0.0, 1.0]])
+    matrix = birkhoff.project(logits, solvers.SinkhornDamped(eps_start=0.0, eps_den=0.0, num_iters=3)).matrix
+    assert np.array_equal(matrix[0], [0.0, 0.0]) and np.isfinite(matrix).all()
