@@ -53,7 +53,9 @@ def boundary_forward(
             x_next = leaf("write_forward", x)(x, f, coef)
             slabs, squares = leaf("project", x)(x_next, phi)
         alphas = (alpha_pre, alpha_post, alpha_res)
-        next_coef, proj, rstd = leaf("finish", x)(slabs, squares, alphas, bias, site_options(options), k, lead)
+        next_coef, proj, rstd = leaf("finish", x)(
+            slabs, squares, alphas, bias.contiguous(), site_options(options), k, lead
+        )
         if u is None:
             u = leaf("read_forward", x)(x_next, coef if delayed else next_coef)
     return x_next, u, next_coef, proj, rstd
@@ -110,6 +112,7 @@ def boundary_backward(
     ``coef`` is site l's where the next site reads with its h_pre, else None.
     """
     x, n = x.contiguous(), x.shape[-2]
+    bias, next_bias = bias.contiguous(), next_bias.contiguous()
     with without_autocast(x.device.type):
         g = None if g is None else g.contiguous()
         gu = None if gu is None else gu.contiguous()

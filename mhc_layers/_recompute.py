@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mhc_layers._fused_state import FusedState
 from mhc_layers._operators import register
-from mhc_layers._torch_ops import FusedSite, first_stream
+from mhc_layers._torch_ops import FusedSite, first_stream, token_rows
 from mhc_layers.functional import without_autocast
 from mhc_layers.kernels.table import leaf
 
@@ -30,7 +30,12 @@ def recompute_block(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Streams that entered every site of a block but the first, and the inputs of all its sublayers."""
     with without_autocast(x.device.type):
-        return leaf("recompute_block", x)(x.contiguous(), [f.contiguous() for f in fs], coefs, reads)
+        return leaf("recompute_block", x)(
+            x.contiguous(),
+            [f.contiguous() for f in fs],
+            [coef.contiguous() for coef in coefs],
+            [token_rows(read) for read in reads],
+        )
 
 
 def _fake_recompute_block(

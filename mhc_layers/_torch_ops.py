@@ -33,7 +33,7 @@ from mhc_layers.kernels.table import leaf
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
 
-__all__ = ["FusedSite", "first_stream", "fused_site", "split_coefficients"]
+__all__ = ["FusedSite", "first_stream", "fused_site", "split_coefficients", "token_rows"]
 
 
 def split_coefficients(coef: Tensor, num_streams: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,13 +70,13 @@ def pre_forward(
         slabs, squares = leaf("project", x)(x, phi.contiguous())
         alphas = (alpha_pre, alpha_post, alpha_res)
         coef, proj, rstd = leaf("finish", x)(
-            slabs, squares, alphas, bias, site_options(options), phi.shape[1], x.shape[:-2]
+            slabs, squares, alphas, bias.contiguous(), site_options(options), phi.shape[1], x.shape[:-2]
         )
-        u = leaf("read_forward", x)(x, coef if previous is None else _rows(previous))
+        u = leaf("read_forward", x)(x, coef if previous is None else token_rows(previous))
     return u, coef, proj, rstd
 
 
-def _rows(previous: Tensor) -> Tensor:
+def token_rows(previous: Tensor) -> Tensor:
     """Coefficients with one stride for all tokens: a slice of contiguous rows, or a row expanded to all tokens."""
     if previous.stride(-1) == 1 and (previous.dim() <= 2 or not any(previous.stride()[:-1])):
         return previous
@@ -130,7 +130,13 @@ def post_backward(
     x = x.contiguous()
     with without_autocast(x.device.type):
         return leaf("write_backward", x)(
-            g.contiguous(), x, f.contiguous(), proj, alpha_post, bias, site_options(options)
+            g.contiguous(),
+            x,
+            f.contiguous(),
+            proj.contiguous(),
+            alpha_post,
+            bias.contiguous(),
+            site_options(options),
         )
 
 
@@ -163,16 +169,16 @@ def pre_backward(
         dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
         dots = None if gu is None else leaf("read_backward", x)(gu, x)
         mix, dz, partials = leaf("finish_backward", x)(
-            proj,
-            rstd,
+            proj.contiguous(),
+            rstd.contiguous(),
             dcoef,
             dots if previous is None else None,
             (alpha_pre, alpha_post, alpha_res),
-            bias,
+            bias.contiguous(),
             site_options(options),
             phi.shape[1],
             x.dtype,
-            None if previous is None else _rows(previous),
+            None if previous is None else token_rows(previous),
         )
         dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x, g, gu, mix, dz, phi.contiguous())
         dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)

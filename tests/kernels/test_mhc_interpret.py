@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import mhc_layers._recompute  # noqa: F401 - registers an operator
 from mhc_layers.conventions import DEEPSEEK_V4, PAPER
 from mhc_layers.kernels import plain
 from mhc_layers.kernels.options import options_key, site_options
@@ -129,6 +130,35 @@ def test_wide_logits_stay_finite(std: float) -> None:
     assert relative_error(ours["coef"], exact["coef"]) < 2e-6 * max(1.0, std)
     rows = ours["coef"][:, 8:].unflatten(-1, (4, 4)).sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-6)
+
+
+def test_operators_take_strided_tensors() -> None:
+    def both(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = torch.randn(*shape[:-1], 2 * shape[-1])
+        return wide[..., ::2], wide[..., ::2].contiguous()
+
+    ops, options = torch.ops.mhc_layers, options_key(PAPER)
+    x, f, g, phi, bias, coef = (both(s) for s in ((5, 4, 8), (5, 8), (5, 4, 8), (24, 32), (24,), (5, 24)))
+    rstd = both((5,))
+    alphas = [torch.tensor(0.5)] * 3
+    results = []
+    for k in (0, 1):
+        parameters = (phi[k], bias[k], *alphas)
+        backward = ops.pre_backward(x[k], *parameters, None, coef[k], rstd[k], g[k], f[k], coef[k], options)
+        results.append(
+            [
+                *ops.pre_forward(x[k], *parameters, coef[k][:, :4], options),
+                ops.post_forward(x[k], f[k], coef[k]),
+                *ops.post_backward(g[k], x[k], f[k], coef[k], bias[k], alphas[1], options),
+                *backward[:2],
+                backward[2][:24],  # beyond these, padding up to the gates
+                backward[2][32:35],
+                *ops.boundary_forward(x[k], f[k], coef[k], *parameters, options, False),
+                *ops.recompute_block(x[k], [f[k]], [coef[k]], [coef[k], coef[k]])[1],
+            ]
+        )
+    for strided, contiguous in zip(*results, strict=True):
+        assert torch.equal(strided, contiguous)
 
 
 @pytest.mark.parametrize(("n", "sites"), [(4, 3), (3, 1)])
