@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from birkhoff import _dispatch
+from birkhoff import _xp
 from proofs import strategies
 
 
@@ -14,7 +14,7 @@ from proofs import strategies
 def test_numpy_layouts_become_contiguous(name: str, n: int) -> None:
     values = np.random.default_rng(0).standard_normal((3, n, n))
     stack = strategies.layout(values, name)
-    result = _dispatch._contiguous(stack)
+    result = _xp.contiguous(stack)
     assert result.flags.c_contiguous and np.array_equal(result, values)
 
 
@@ -23,6 +23,6 @@ def test_an_evenly_strided_torch_stack_is_copied(n: int) -> None:
     torch = pytest.importorskip("torch")
     wide = torch.randn(3, n, 2 * n, dtype=torch.float64)
     for stack in (wide[..., ::2], wide[..., :n].mT, torch.randn(n, n, 3).movedim(-1, 0), wide[..., :n][::2]):
-        result = _dispatch._contiguous(stack)
+        result = _xp.contiguous(stack)
         as_a_kernel_reads = torch.as_strided(result, (stack.numel(),), (1,))
         assert torch.equal(as_a_kernel_reads, torch.flatten(stack.clone(memory_format=torch.contiguous_format)))
