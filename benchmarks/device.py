@@ -158,5 +158,5 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit or None,
+        "commit": commit if len(commit) == 40 else None,
     }

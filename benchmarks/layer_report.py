@@ -80,6 +80,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
         f"{about['commit']}. Copy rate of this run: {rate:.0f} GB/s (read plus write).",
         f"Command: `{report.get('command', '')}`",
+        *(["", report["note"]] if "note" in report else []),
         "",
         "A cell is time / floor (microseconds). Floors touch each tensor once at the copy rate: read n+1, write 2n+1, "
         "forward 3n+2, forward and backward 6n+5 streams E of M C 2 bytes; coefficients and phi are left out, which "

@@ -221,6 +221,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
         f"{about['commit']}. Copy rate of this run: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s.",
         f"Command: `{report.get('command', '')}`",
+        *(["", report["note"]] if "note" in report else []),
         "",
         f"{report['layers']} layers, {report['batch']} x {report['sequence']} = {tokens} tokens, SwiGLU of 8/3 C, "
         "heads of 128, sublayers under torch.compile in every row, no optimizer step, as called. Kept is alive between "
