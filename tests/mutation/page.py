@@ -37,18 +37,21 @@ possible mutants were tried.
 
 
 def merged(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read the runs; the last verdict of a mutant counts, and mutants that the code no longer has are dropped."""
-    places = {
-        (target.module, mutant.kind, mutant.before, mutant.after, mutant.line): mutant.where
-        for target in TARGETS
-        for mutant in mutants(target.path.read_text(encoding="utf-8"))
-    }
-    found: dict[tuple[str, str, str, str, int], dict[str, Any]] = {}
+    """Read the runs; the last verdict of a mutant counts, also where its line has moved meanwhile."""
+    places: dict[tuple[Any, ...], str] = {}
+    for target in TARGETS:
+        for mutant in mutants(target.path.read_text(encoding="utf-8")):
+            change = (target.module, mutant.kind, mutant.before, mutant.after)
+            places[change] = places[(*change, mutant.line)] = mutant.where
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
+        seen: collections.Counter[tuple[str, ...]] = collections.Counter()
         for record in json.loads(path.read_text(encoding="utf-8")):
-            key = (record["module"], record["kind"], record["before"], record["after"], record["line"])
-            if key in places:
-                found[key] = {**record, "where": places[key]}
+            change = (record["module"], record["kind"], record["before"], record["after"])
+            there = places.get((*change, record["line"]), places.get(change, "a place that is gone"))
+            where = record.get("where") or there
+            seen[change] += 1  # the same text may stand in several places
+            found[(*change, seen[change])] = {**record, "where": where}
     return list(found.values())
 
 
