@@ -17,6 +17,7 @@ class Status(IntEnum):
 
     Examples
     --------
+    >>> from birkhoff import Status
     >>> Status(3).name
     'no_total_support'
     """

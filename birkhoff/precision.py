@@ -82,6 +82,7 @@ def unit_roundoff(dtype: Any) -> float:
 
     Examples
     --------
+    >>> from birkhoff.precision import unit_roundoff
     >>> unit_roundoff("bfloat16")
     0.00390625
     """

@@ -58,6 +58,7 @@ def sinkhorn(
 
     Examples
     --------
+    >>> from birkhoff.reference import sinkhorn
     >>> sinkhorn([[0.0, 0.0], [0.0, 0.0]])
     array([[0.5, 0.5],
            [0.5, 0.5]])
@@ -90,6 +91,7 @@ def sinkhorn_damped(
 
     Examples
     --------
+    >>> from birkhoff.reference import sinkhorn_damped
     >>> bool(abs(sinkhorn_damped([[0.0, 1.0], [2.0, 0.0]]).sum(axis=0) - 1).max() < 2e-6)
     True
     """
@@ -125,6 +127,7 @@ def converged(logits: npt.ArrayLike, *, tol: float = 1e-13, max_iters: int = 200
 
     Examples
     --------
+    >>> from birkhoff.reference import converged
     >>> converged([[0.0, -40.0], [0.0, 0.0]]).sum(axis=0)
     array([1., 1.])
     """
@@ -176,6 +179,7 @@ def gradient(
 
     Examples
     --------
+    >>> from birkhoff.reference import gradient
     >>> gradient([[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])
     array([[ 0.125, -0.125],
            [-0.125,  0.125]])

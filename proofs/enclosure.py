@@ -3,6 +3,8 @@
 The stored logits are exact real numbers. Each ball is a midpoint with a proven radius, so what comes out contains the
 value that exact arithmetic would give: no trust in any floating-point library is left, only in Arb.
 
+>>> import numpy as np
+>>> from proofs.enclosure import iterate, width
 >>> balls = iterate(np.array([[0.0, 1.0], [2.0, 0.0]]), 20)
 >>> width(balls) < 1e-50
 True
@@ -142,6 +144,8 @@ def norm_bounds(matrix: np.ndarray) -> tuple[float, float]:
     The upper bound is Collatz-Wielandt on a power iterate for non-negative matrices, the lower one a Rayleigh quotient,
     both in 256-bit balls.
 
+    >>> import numpy as np
+    >>> from proofs.enclosure import norm_bounds
     >>> low, high = norm_bounds(np.array([[0.75, 0.25], [0.25, 0.75]]))
     >>> low <= 1.0 <= high and high - low < 1e-15
     True

@@ -34,6 +34,8 @@ Matrix = list[list[Fraction]]
 def exact(matrix: np.ndarray) -> Matrix:
     """Return the stored floats as fractions.
 
+    >>> import numpy as np
+    >>> from proofs.rational import exact
     >>> exact(np.array([[0.5]]))
     [[Fraction(1, 2)]]
     """
@@ -75,6 +77,8 @@ def normalise_columns(matrix: Matrix) -> Matrix:
 def iterate(kernel: Matrix, num_iters: int, first: str = "columns") -> Matrix:
     """Return `num_iters` exact iterations on a non-negative matrix.
 
+    >>> from proofs.rational import iterate
+    >>> from fractions import Fraction
     >>> iterate([[Fraction(1), Fraction(1)], [Fraction(0), Fraction(1)]], 1, first="columns")
     [[Fraction(2, 3), Fraction(1, 3)], [Fraction(0, 1), Fraction(1, 1)]]
     """
@@ -138,6 +142,8 @@ def norm_at_most(matrix: np.ndarray | Matrix, bound: float) -> bool:
 
     ``bound^2 I - A^T A`` is positive semidefinite exactly when the bound holds.
 
+    >>> import numpy as np
+    >>> from proofs.rational import norm_at_most
     >>> norm_at_most(np.eye(2), 1.0), norm_at_most(np.eye(2), 0.9999999999999999)
     (True, False)
     """
@@ -150,6 +156,8 @@ def norm_at_most(matrix: np.ndarray | Matrix, bound: float) -> bool:
 def norm_below(matrix: np.ndarray | Matrix, bound: float) -> bool:
     """Decide ``norm_2(matrix) < bound``, without rounding.
 
+    >>> import numpy as np
+    >>> from proofs.rational import norm_below
     >>> norm_below(np.eye(2), 1.0), norm_below(np.eye(2), 1.0000000000000002)
     (False, True)
     """

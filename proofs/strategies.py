@@ -154,6 +154,8 @@ EASY: tuple[str, ...] = ("small",)
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
     """Round an array to values that `dtype` holds; bfloat16 comes back in float32 storage.
 
+    >>> import numpy as np
+    >>> from proofs.strategies import round_to
     >>> round_to(np.array([1.00390625 * 1.5]), "bfloat16")
     array([1.5078125], dtype=float32)
     """
@@ -195,6 +197,8 @@ LAYOUTS: tuple[str, ...] = (
 def layout(values: np.ndarray, name: str) -> np.ndarray:
     """Return the same values in another memory layout.
 
+    >>> import numpy as np
+    >>> from proofs.strategies import layout
     >>> same = layout(np.arange(8.0).reshape(2, 2, 2), "strided")
     >>> same.flags.c_contiguous, same.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     (False, True)
@@ -322,6 +326,7 @@ def zero_patterns(sizes: Sequence[int] = (2, 3, 4), batch: int = 4) -> SearchStr
 def all_vertices(n: int, height: float) -> np.ndarray:
     """Return all 2^(n^2) matrices with entries in {0, height}; n <= 4.
 
+    >>> from proofs.strategies import all_vertices
     >>> all_vertices(2, 8.0).shape
     (16, 2, 2)
     """

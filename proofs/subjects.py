@@ -329,6 +329,7 @@ class Subject:
 def load_function(spec: str) -> Projector:
     """Import ``"package.module:function"``; ``ValueError`` says what is wrong with the text.
 
+    >>> from proofs.subjects import load_function
     >>> load_function("math:exp")(0.0)
     1.0
     """

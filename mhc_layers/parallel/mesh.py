@@ -79,6 +79,7 @@ class ParallelConfig:
 
         Examples
         --------
+        >>> from mhc_layers.parallel.mesh import ParallelConfig
         >>> ParallelConfig(shard=2, tensor=2).sizes(8)
         {'pipeline': 1, 'replicate': 2, 'shard': 2, 'tensor': 2}
         """

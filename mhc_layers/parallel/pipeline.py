@@ -30,6 +30,7 @@ def stage_sizes(num_sites: int, num_stages: int) -> list[int]:
 
     Examples
     --------
+    >>> from mhc_layers.parallel.pipeline import stage_sizes
     >>> stage_sizes(10, 4)
     [3, 3, 2, 2]
     """

@@ -49,6 +49,7 @@ def recompute_elements(num_layers: int, block: int, *, num_streams: int, dim: in
 
     Examples
     --------
+    >>> from mhc_layers.parallel.recompute import recompute_elements
     >>> recompute_elements(60, 6, num_streams=4)
     76
     """
@@ -77,6 +78,7 @@ def block_size(num_layers: int, *, num_streams: int) -> int:
 
     Examples
     --------
+    >>> from mhc_layers.parallel.recompute import block_size
     >>> [block_size(layers, num_streams=4) for layers in (60, 36, 30, 24, 12)]
     [6, 4, 5, 4, 3]
     """
@@ -106,6 +108,7 @@ def block_boundaries(stages: Sequence[int], *, num_streams: int, block: int | No
 
     Examples
     --------
+    >>> from mhc_layers.parallel.recompute import block_boundaries
     >>> block_boundaries([5, 4], num_streams=4, block=3)
     [(0, 3), (3, 5), (5, 8), (8, 9)]
     """

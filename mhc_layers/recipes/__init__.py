@@ -36,6 +36,7 @@ def get_recipe(name: str) -> TrainConfig:
 
     Examples
     --------
+    >>> from mhc_layers.recipes import get_recipe
     >>> get_recipe("tiny_cpu").model.connection
     'mhc'
     """

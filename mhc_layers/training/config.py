@@ -217,6 +217,8 @@ def encode(value: Any) -> Any:
 
     Examples
     --------
+    >>> from mhc_layers.training.config import DataConfig, encode
+    >>> from pathlib import Path
     >>> encode(DataConfig(path=Path("text"), seq_len=64))["seq_len"]
     64
     """
@@ -241,6 +243,7 @@ def decode(kind: type[T], value: Any, *, where: str = "config") -> T:
 
     Examples
     --------
+    >>> from mhc_layers.training.config import CheckpointConfig, decode
     >>> decode(CheckpointConfig, {"every": 5, "keep": 1})
     CheckpointConfig(every=5, keep=1)
     """

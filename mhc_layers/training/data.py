@@ -91,6 +91,7 @@ def standard_library_files() -> tuple[Path, list[Path]]:
 
     Examples
     --------
+    >>> from mhc_layers.training.data import standard_library_files
     >>> root, files = standard_library_files()
     >>> "dataclasses.py" in {path.name for path in files}
     True
@@ -121,6 +122,7 @@ def is_held_out(relative_path: str, fraction: float) -> bool:
 
     Examples
     --------
+    >>> from mhc_layers.training.data import is_held_out
     >>> is_held_out("json/decoder.py", 0.0), is_held_out("json/decoder.py", 1.0)
     (False, True)
     """
@@ -228,6 +230,8 @@ class ByteWindows:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from mhc_layers.training.data import ByteWindows
     >>> windows = ByteWindows(np.arange(100, dtype=np.uint8), seq_len=8, batch_size=2, seed=0)
     >>> tokens = windows.batch(3)
     >>> tokens.shape, bool((tokens[:, 1:] == tokens[:, :-1] + 1).all())
@@ -307,6 +311,8 @@ def evaluation_windows(data: np.ndarray, *, seq_len: int, max_bytes: int | None 
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from mhc_layers.training.data import evaluation_windows
     >>> evaluation_windows(np.arange(100, dtype=np.uint8), seq_len=10, max_bytes=30)[:, 0]
     array([ 0, 40, 80], dtype=uint8)
     """

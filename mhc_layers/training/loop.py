@@ -54,6 +54,7 @@ class StopRequest:
 
     Examples
     --------
+    >>> from mhc_layers.training.loop import StopRequest
     >>> stop = StopRequest()
     >>> stop.wanted
     False
@@ -357,6 +358,7 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
 
     Examples
     --------
+    >>> from mhc_layers.training.loop import choose_device
     >>> choose_device("cpu")
     device(type='cpu')
     """

@@ -40,6 +40,8 @@ class MetricsLog:
 
     Examples
     --------
+    >>> from pathlib import Path
+    >>> from mhc_layers.training.metrics import MetricsLog, read_metrics
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> with MetricsLog(folder) as log:

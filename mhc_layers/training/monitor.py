@@ -290,6 +290,8 @@ def composites(h_res: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from mhc_layers.training.monitor import composites
     >>> h_res = np.stack([np.full((1, 2, 2), 0.5), np.eye(2)[None]])
     >>> prefix, suffix = composites(h_res)
     >>> prefix[1, 0].tolist(), suffix[1, 0].tolist()

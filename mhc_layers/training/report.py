@@ -239,6 +239,7 @@ def rounded_up(value: float, digits: int = 9) -> str:
 
     Examples
     --------
+    >>> from mhc_layers.training.report import rounded_down, rounded_up
     >>> rounded_up(1.00000000012), rounded_down(1.00000000012)
     ('1.000000001', '1.000000000')
     """

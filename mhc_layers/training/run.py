@@ -99,6 +99,8 @@ def new_folder(root: Path, config: TrainConfig) -> Path:
 
     Examples
     --------
+    >>> from mhc_layers.training.run import new_folder
+    >>> from pathlib import Path
     >>> from mhc_layers.recipes import tiny_cpu
     >>> new_folder(Path("no-such-folder"), tiny_cpu()).name
     'tiny_cpu-mhc'

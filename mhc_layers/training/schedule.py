@@ -69,6 +69,7 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) ->
 
     Examples
     --------
+    >>> from mhc_layers.training.schedule import ScheduleConfig, learning_rate_factor
     >>> config = ScheduleConfig(kind="cosine", warmup_steps=2, final=0.1)
     >>> [round(learning_rate_factor(config, step, 6), 3) for step in range(6)]
     [0.5, 1.0, 1.0, 0.868, 0.55, 0.232]

@@ -62,6 +62,7 @@ def connection_traffic(num_streams: int) -> list[Traffic]:
 
     Examples
     --------
+    >>> from mhc_layers.training.traffic import connection_traffic
     >>> [row.channels for row in connection_traffic(4) if row.direction == "forward"]
     [3, 34, 18, 14, 10]
     >>> connection_traffic(4)[4].num_bytes(dim=1)  # 20 C bytes in bfloat16

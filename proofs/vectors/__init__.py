@@ -11,6 +11,7 @@
 
 ``python -m proofs.vectors.generate`` writes them again, byte for byte.
 
+>>> from proofs.vectors import load
 >>> exact = load("iterates_exact")
 >>> exact[0]["name"], exact[0]["matrix"]
 ('uniform n=1', [['1']])
