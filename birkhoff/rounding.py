@@ -80,8 +80,9 @@ def round_to_polytope(matrix: Any) -> Any:
 
     Notes
     -----
-    Guarantee (claim *exact finish*): the sums of the stored values are within 4 units of roundoff of one in float32,
-    within :math:`n + 4` units in float64 (the sums are then taken in the same precision), and
+    Guarantee (claim *exact finish*): the sums of the stored values are within :math:`n + 4` units of roundoff of one in
+    float32 (sums are taken in float64) and within :math:`n^2 + n + 4` units in float64: the fill divides by the sum of
+    :math:`n` deficits, each with the error of a sum, which adds up when one row holds the whole deficit. And
     :math:`\lVert B - A\rVert_1 \le 2(\lVert A1 - 1\rVert_1 + \lVert A^\top 1 - 1\rVert_1)` up to rounding. It holds
     for every finite input, converged or not. Storing in bfloat16 or float16 adds the rounding of that dtype.
     This is a rounding, not a projection: it is near, not nearest. Differentiable except where a sum is exactly one;
