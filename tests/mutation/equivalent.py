@@ -80,7 +80,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
                "the first scaling is overwritten before it is read"),
     Equivalent("birkhoff.solvers.sinkhorn_knopp", (("module", "True", "False"),),
                "keyword-only fields of a class that adds none"),
-    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("push_start", "0", "1"), ("pull_start_tangent", "0", "1")),
+    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("push_start", "0", "1"),),
                "not reached: forward and second derivatives are those of the log solver, for any range"),
     Equivalent("birkhoff.solvers.range_cap", (("_masks", "logits < peak - range_cap", "logits <= peak - range_cap"),),
                "a logit exactly at the cap: a kink, where either one-sided derivative is right"),
