@@ -16,7 +16,9 @@ __all__ = ["Claim", "Observation", "Provenance", "Sample", "worst"]
 Provenance = Literal["exact", "enclosure", "sampled"]
 """How a verdict was reached: by exact arithmetic, by ball arithmetic, or by trying examples."""
 
-Kind = Literal["projection", "certificate", "product", "rounding", "decomposition", "parametrization", "layer"]
+Kind = Literal[
+    "projection", "certificate", "product", "rounding", "decomposition", "parametrization", "layer", "trained"
+]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from proofs import (
     rounding,
     roundoff,
     spectral_norm,
+    trained,
 )
 from proofs._claim import Claim, Observation, Provenance, Sample, worst, worst_of
 
@@ -51,6 +52,7 @@ CLAIMS: tuple[Claim, ...] = (
     *decomposition.CLAIMS,
     *parametrization.CLAIMS,
     *layer.CLAIMS,
+    *trained.CLAIMS,
 )
 """Every claim, by family."""
 

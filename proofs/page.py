@@ -28,6 +28,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "decomposition": ("Decomposition", "birkhoff_von_neumann"),
     "parametrization": ("Parametrizations", "parametrizations"),
     "layer": ("The layer", "layer_forward, layer_backward"),
+    "trained": ("Trained models", "spectral_norm_certificate, layer_forward"),
 }
 """Heading and derivation pages of each family."""
 
@@ -47,9 +48,9 @@ How to read an entry:
 - u is the unit roundoff of the dtype that is computed in: 2^-53 for float64, 2^-24 for float32 and half precisions.
   The *accuracy contract* is 4 n u max(1, logit range / 16).
 
-Every claim is tried on code that is wrong in its way and must reject it: `tests/proofs/test_broken_projections.py` and
-`tests/proofs/test_broken_systems.py`. {doc}`how_claims_are_checked` says more, and {doc}`peers` shows the same claims
-on other libraries.
+Every claim is tried on code that is wrong in its way and must reject it: `tests/proofs/test_broken_projections.py`,
+`tests/proofs/test_broken_systems.py` and `tests/proofs/test_broken_models.py`. {doc}`how_claims_are_checked` says
+more, and {doc}`peers` shows the same claims on other libraries.
 """.replace("{doc}", "{{doc}}")
 
 

@@ -1,10 +1,12 @@
-"""What the other claims are made of: certificates, roundings, decompositions, parametrizations, layers.
+"""What the other claims are made of: certificates, roundings, decompositions, parametrizations, layers, models.
 
 Each is a small record of functions on NumPy arrays, so that a test can replace one function by a broken one.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -22,10 +24,13 @@ __all__ = [
     "Layer",
     "Parametrized",
     "Rounder",
+    "Trace",
+    "Trained",
     "builtin_systems",
     "certifier",
     "layer",
     "rounder",
+    "trained",
 ]
 
 Arrays = dict[str, np.ndarray]
@@ -100,6 +105,37 @@ class Layer(System):
     step: Callable[[np.ndarray, Arrays, np.ndarray], np.ndarray] = field(repr=False)
     vjp: Callable[[np.ndarray, Arrays, np.ndarray, np.ndarray], Arrays] = field(repr=False)
     decode_gap: Callable[[int], float] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What one forward pass of a trained model computed in float32, held in float64; S sites, N tokens.
+
+    `h_res` (S, N, n, n), `h_post` (S, N, n), `updates` (S, N, C) what each sublayer returned, `streams`
+    (S + 1, N, n, C) what entered each site and what left the last one.
+    """
+
+    h_res: np.ndarray
+    h_post: np.ndarray
+    updates: np.ndarray
+    streams: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(System):
+    """A Transformer after a few steps of training.
+
+    `trace(seed)` runs it on tokens drawn from the seed; `decode(seed)` returns the logits (B, T, V) of one full forward
+    and of decoding token by token with caches, both with the trained weights in float64. `eps` is the largest eps of
+    the convention's projection, 0 where the rows are exact; `losses` those of the training steps.
+    """
+
+    kind: Kind = "trained"
+    eps: float
+    certifier: Certifier = field(repr=False)
+    trace: Callable[[int], Trace] = field(repr=False)
+    decode: Callable[[int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    losses: Callable[[], list[float]] = field(repr=False)
 
 
 def certifier(chosen: Backend) -> Certifier:
@@ -236,8 +272,100 @@ def _decode_gap(convention: Any, seed: int) -> float:
         torch.set_rng_state(generator_state)
 
 
+_VOCABULARY, _TRAIN_STEPS, _TRAIN_TOKENS = 17, 50, 12
+
+
+@functools.cache
+def _train(convention: Any, connection: str) -> tuple[Any, list[float]]:
+    """Train on arithmetic progressions modulo the vocabulary; the same on every call, the global RNG untouched."""
+    torch = importlib.import_module("torch")
+    mhc_layers = importlib.import_module("mhc_layers")
+    config = mhc_layers.TransformerConfig(
+        vocab_size=_VOCABULARY,
+        dim=16,
+        num_layers=3,
+        num_heads=2,
+        max_seq_len=_TRAIN_TOKENS,
+        connection=connection,
+        convention=convention,
+        init="transformers",
+        init_std=0.2,
+        implementation="functional",
+    )
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        model = mhc_layers.Transformer(config)
+        optimizer = torch.optim.AdamW(model.param_groups(weight_decay=0.1), lr=1e-2)
+        losses = []
+        for step in range(_TRAIN_STEPS):
+            tokens = _progressions(1000 + step, 8, _TRAIN_TOKENS + 1)
+            loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return model.eval(), losses
+
+
+def _progressions(seed: int, rows: int, tokens: int) -> Any:
+    rng = np.random.default_rng(seed)
+    start, step = rng.integers(_VOCABULARY, size=(rows, 1)), rng.integers(1, 4, size=(rows, 1))
+    return importlib.import_module("torch").from_numpy((start + step * np.arange(tokens)) % _VOCABULARY)
+
+
+def _trace(model: Any, seed: int) -> Trace:
+    torch = importlib.import_module("torch")
+    capture = importlib.import_module("mhc_layers").capture_coefficients
+    updates: list[Any] = []
+    hooks = [site.sublayer.register_forward_hook(lambda m, i, output: updates.append(output)) for site in model.sites]
+    try:
+        with torch.no_grad(), capture(model) as captured:
+            model(_progressions(seed, 2, _TRAIN_TOKENS))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def plain(tensors: Any) -> np.ndarray:
+        stack = torch.stack([t.detach().flatten(0, 1) for t in tensors])
+        return np.asarray(stack.to(torch.float64).numpy())
+
+    return Trace(
+        h_res=plain(record[2] for record in captured),
+        h_post=plain(record[1] for record in captured),
+        updates=plain(updates),
+        streams=plain([*captured.streams, captured.final_streams]),
+    )
+
+
+def _decode(model: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    torch = importlib.import_module("torch")
+    wide = copy.deepcopy(model).double()
+    tokens = _progressions(seed, 2, _TRAIN_TOKENS)
+    prompt = 1 + seed % (_TRAIN_TOKENS - 1)
+    with torch.no_grad():
+        caches = wide.make_caches(2)
+        full = wide(tokens)
+        steps = [wide(tokens[:, :prompt], caches)]
+        steps += [wide(tokens[:, t : t + 1], caches) for t in range(prompt, _TRAIN_TOKENS)]
+        return full.numpy(), torch.cat(steps, dim=1).numpy()
+
+
+def trained(convention: Any, chosen: Backend, *, connection: str = "mhc") -> Trained:
+    """Wrap a small Transformer that is trained when it is first asked for, on torch in float32 on the CPU."""
+    damped = convention.start != "exp"
+    return Trained(
+        name=f"trained {connection} {convention.name}",
+        backend=chosen,
+        eps=max(convention.eps_start, convention.eps_den) if damped else 0.0,
+        certifier=certifier(chosen),
+        trace=lambda seed: _trace(_train(convention, connection)[0], seed),
+        decode=lambda seed: _decode(_train(convention, connection)[0], seed),
+        losses=lambda: _train(convention, connection)[1],
+    )
+
+
 def builtin_systems(backend_names: Sequence[str]) -> list[System]:
-    """Return every certificate, rounding, decomposition, parametrization and layer for the named backends."""
+    """Return all certificates, roundings, decompositions, parametrizations, layers and models for the named backends."""
     parametrizations = importlib.import_module("birkhoff.parametrizations")
     found: list[System] = []
     for name in backend_names:
@@ -249,4 +377,5 @@ def builtin_systems(backend_names: Sequence[str]) -> list[System]:
         if name == "torch":
             conventions = importlib.import_module("mhc_layers.conventions").CONVENTIONS
             found.extend(layer(convention, chosen) for convention in conventions.values())
+            found.extend(trained(conventions[preset], chosen) for preset in ("paper", "deepseek_v4"))
     return found
