@@ -139,6 +139,17 @@ def test_newton_reaches_its_tolerance(rng: np.random.Generator, n: int, std: flo
         np.testing.assert_allclose(newton_forward(logits)[0].numpy(), limit, rtol=0, atol=2e-6)
 
 
+def test_newton_where_blocks_come_apart() -> None:
+    """Blocks joined by entries below rounding: the roundings of their sums once made all of the step."""
+    hard = torch.tensor([
+        [[0, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]],
+        [[0, 0, 1, 0], [0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 1]],
+    ])  # fmt: skip
+    matrix, counts = newton_forward(hard.float() * 100.0)
+    assert max(marginal_error(matrix, 1), marginal_error(matrix, 2)) <= 1e-6
+    assert int(counts.max()) <= 30
+
+
 def test_newton_on_vertices_and_in_float64(rng: np.random.Generator) -> None:
     matrix, _ = newton_forward(vertices(100.0, 2039))
     assert max(marginal_error(matrix, 1), marginal_error(matrix, 2)) <= 1e-6
