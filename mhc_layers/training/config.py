@@ -210,6 +210,12 @@ class TrainConfig:
             )
         if self.stream_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"stream_dtype is {self.stream_dtype!r}; accepted are 'auto', 'float32' and 'bfloat16'")
+        if self.optim.kind == "muon" and (self.parallel.shard > 1 or self.parallel.tensor > 1):
+            raise ValueError(
+                f"optim.kind is 'muon' with parallel.shard {self.parallel.shard} and parallel.tensor "
+                f"{self.parallel.tensor}; Muon orthogonalises whole matrices and these axes split them. Set both to 1, "
+                "or optim.kind to 'adamw'"
+            )
 
 
 def encode(value: Any) -> Any:

@@ -25,7 +25,8 @@ class OptimConfig:
     Parameters
     ----------
     kind : {"adamw", "muon"}
-        ``muon`` orthogonalises the momentum of matrices (``torch.optim.Muon``) and leaves the rest to AdamW.
+        ``muon`` orthogonalises the momentum of matrices (``torch.optim.Muon``) and leaves the rest to AdamW. It needs
+        whole matrices: :class:`~mhc_layers.training.config.TrainConfig` refuses it with FSDP2 or tensor parallelism.
     learning_rate : float
         Base rate of AdamW, multiplied by the schedule.
     muon_learning_rate : float
