@@ -24,10 +24,11 @@ __all__ = [
 
 def facts_of(logits: Any, solver: Any, precision: Precision = DEFAULT) -> Facts:
     """The static facts of a call."""
+    library = _xp.library_name(_xp.array_namespace(logits))  # first: it says what is wrong with what is not an array
     settled = precision.resolve(logits.dtype)
     return Facts(
         method=solver.method,
-        library=_xp.library_name(_xp.array_namespace(logits)),
+        library=library,
         device=_xp.device_kind(logits),
         dtype=_xp.dtype_name(logits.dtype),
         n=int(logits.shape[-1]),

@@ -168,6 +168,12 @@ def project(
     """
     xp = check_logits(logits)
     method: Solver = SinkhornKnopp() if solver is None else solver
+    if isinstance(method, type) or not hasattr(method, "method"):
+        raise OptionError(f"solver must be a value of birkhoff.solvers, such as SinkhornKnopp(), got {solver!r}")
+    if adjoint is not None and (isinstance(adjoint, type) or not hasattr(adjoint, "vjp")):
+        raise OptionError(f"adjoint must be None or a value of birkhoff.adjoints, such as Implicit(), got {adjoint!r}")
+    if precision is not None and not isinstance(precision, Precision):
+        raise OptionError(f"precision must be None or a birkhoff.Precision, got {precision!r}")
     precision = precision or DEFAULT
     if finish not in _FINISHES:
         raise OptionError(f"finish must be one of {tuple(_FINISHES)}, got {finish!r}")

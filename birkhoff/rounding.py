@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from birkhoff import _math, _xp
+from birkhoff.errors import DtypeError, ShapeError
 
 __all__ = ["round_to_nonexpansive", "round_to_polytope"]
 
@@ -30,6 +31,11 @@ def round_to_nonexpansive(matrix: Any) -> Any:
     -------
     array, shape (..., n, n)
         Same library, device and dtype. Entries are never larger than those of ``matrix``.
+
+    Raises
+    ------
+    ArrayTypeError, DtypeError, ShapeError
+        For what is not an array, not real floating, or not a batch of square matrices.
 
     Notes
     -----
@@ -78,6 +84,11 @@ def round_to_polytope(matrix: Any) -> Any:
     array, shape (..., n, n)
         Same library, device and dtype, non-negative.
 
+    Raises
+    ------
+    ArrayTypeError, DtypeError, ShapeError
+        For what is not an array, not real floating, or not a batch of square matrices.
+
     Notes
     -----
     Guarantee (claim *exact finish*): the sums of the stored values are within :math:`n + 4` units of roundoff of one in
@@ -115,6 +126,10 @@ def round_to_polytope(matrix: Any) -> Any:
 def _prepare(matrix: Any) -> tuple[Any, Any, Any]:
     """Namespace, non-negative values in the compute dtype, and the dtype of the sums."""
     xp = _xp.array_namespace(matrix)
+    if not _xp.is_floating(matrix.dtype):
+        raise DtypeError(f"matrix must be real floating, got {_xp.dtype_name(matrix.dtype)}; convert with astype")
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ShapeError(f"matrix must have shape (..., n, n), got {tuple(matrix.shape)}")
     values = _xp.astype(xp, matrix, _math.compute_dtype(xp, matrix))
     accumulate = _math.accumulate_dtype(xp, matrix)
     return xp, _positive_part(xp, values), accumulate

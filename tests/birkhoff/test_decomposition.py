@@ -102,6 +102,8 @@ def test_misuse() -> None:
         birkhoff.decompose(np.ones((2, 3)))
     with pytest.raises(ShapeError):
         birkhoff.decompose(np.ones((0, 0)))
+    with pytest.raises(TypeError, match="got int64"):
+        birkhoff.decompose(np.eye(2, dtype=np.int64))
     with pytest.raises(ValueError, match="not finite"):
         birkhoff.decompose(np.full((2, 2), np.nan))
     with pytest.raises(ValueError, match="max_terms"):

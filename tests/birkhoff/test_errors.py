@@ -109,3 +109,12 @@ def test_every_error_is_documented_and_one_family() -> None:
         assert issubclass(kind, errors.BirkhoffError) and kind.__doc__
     missing = errors.MissingPackageError("scipy", needed_by="sparse matrices")
     assert isinstance(missing, ImportError) and "pip install scipy" in str(missing)
+
+
+def test_options_of_the_wrong_kind_are_named() -> None:
+    logits, kind = np.zeros((2, 2)), birkhoff.solvers.SinkhornLog
+    for option in ({"solver": kind}, {"solver": "log"}, {"adjoint": "implicit"}, {"precision": "float32"}):
+        with pytest.raises(birkhoff.errors.OptionError, match=next(iter(option)) + " must be"):
+            birkhoff.project(logits, **option)  # type: ignore[arg-type]
+    with pytest.raises(birkhoff.errors.ArrayTypeError, match="list"):
+        birkhoff.explain([[0.0]], kind())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from birkhoff.errors import DtypeError, ShapeError
 from birkhoff.rounding import round_to_nonexpansive, round_to_polytope
 from tests.backends import BACKENDS, Backend, to_numpy
 
@@ -142,3 +144,14 @@ def test_gradients(function: object) -> None:
     matrix = torch.rand(5, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (matrix,))
     assert torch.autograd.gradgradcheck(function, (matrix,))
+
+
+@pytest.mark.parametrize("rounding", [round_to_nonexpansive, round_to_polytope])
+def test_misuse(rounding: Callable[[np.ndarray], np.ndarray]) -> None:
+    with pytest.raises(DtypeError, match="got int64"):
+        rounding(np.ones((2, 2), dtype=np.int64))
+    with pytest.raises(DtypeError, match="got complex128"):
+        rounding(np.ones((2, 2), dtype=np.complex128))
+    for shape in ((), (3,), (2, 3)):
+        with pytest.raises(ShapeError, match="got"):
+            rounding(np.ones(shape))
