@@ -220,6 +220,8 @@ def _train(command: Train, resumed: tuple[Checkpoint, Path] | None, console: Con
 
 
 def _generate(command: Generate, console: Console) -> int:
+    if command.num_bytes < 0:
+        raise ValueError(f"--num-bytes is {command.num_bytes}; it must be 0 or more")
     model, _, _ = load_model(command.checkpoint, device=choose_device(command.device))
     text = sample_text(
         model,
@@ -235,6 +237,10 @@ def _generate(command: Generate, console: Console) -> int:
 
 def _inspect(command: Inspect, console: Console) -> int:
     if command.io:
+        if command.element_size < 1 or (command.bandwidth is not None and not command.bandwidth > 0.0):
+            raise ValueError(
+                f"--element-size is {command.element_size}, --bandwidth {command.bandwidth}; both must be above 0"
+            )
         console.print(traffic_table(_io_model(command), element_size=command.element_size, bandwidth=command.bandwidth))
         return 0
     if command.checkpoint is None:
@@ -292,6 +298,8 @@ def _compare(command: Compare, console: Console) -> int:
 
 
 def _bench(command: Bench, console: Console) -> int:
+    if command.repeats < 1 or command.tokens < 1:
+        raise ValueError(f"--repeats is {command.repeats}, --tokens {command.tokens}; both must be 1 or more")
     device = choose_device(command.device)
     timings = time_connections(
         dim=command.dim,

@@ -144,3 +144,17 @@ def test_help_names_the_recipes(capsys):
     with pytest.raises(SystemExit) as error:
         main(["--help"])
     assert error.value.code == 0 and "tiny_cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "--io", "--bandwidth", "-1"], "--bandwidth -1.0; both must be above 0"),
+        (["inspect", "--io", "--element-size", "0"], "--element-size is 0"),
+        (["bench", "--repeats", "0"], "--repeats is 0"),
+        (["generate", "nowhere", "--num-bytes", "-3"], "--num-bytes is -3"),
+    ],
+)
+def test_numbers_out_of_range_are_named(words, message, capsys):
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
