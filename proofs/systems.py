@@ -365,7 +365,7 @@ def trained(convention: Any, chosen: Backend, *, connection: str = "mhc") -> Tra
 
 
 def builtin_systems(backend_names: Sequence[str]) -> list[System]:
-    """Return all certificates, roundings, decompositions, parametrizations, layers and models for the named backends."""
+    """Return all certificates, roundings, decompositions, parametrizations, layers and models for these backends."""
     parametrizations = importlib.import_module("birkhoff.parametrizations")
     found: list[System] = []
     for name in backend_names:

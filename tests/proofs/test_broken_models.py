@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from mhc_layers.conventions import CONVENTIONS
-from mhc_layers.models.attention import LayerCache
 from proofs import claims, runner, systems
 from proofs.runner import Profile
 from proofs.subjects import BACKENDS
@@ -21,6 +18,9 @@ EFFORT = Profile("test", 20, shrink_budget=5)
 
 
 def _model(preset: str = "paper", connection: str = "mhc") -> Trained:
+    pytest.importorskip("torch")
+    from mhc_layers.conventions import CONVENTIONS
+
     return systems.trained(CONVENTIONS[preset], BACKENDS["torch"], connection=connection)
 
 
@@ -124,6 +124,8 @@ def test_the_models_have_learnt_something(preset: str) -> None:
 
 def test_training_is_the_same_every_time() -> None:
     first = _model().losses()
+    import torch
+
     systems._train.cache_clear()
     before = torch.get_rng_state()
     assert _model().losses() == first
@@ -141,9 +143,12 @@ def test_claims_reject_wrong_models(name: str) -> None:
 
 
 def test_a_cache_that_is_off_by_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = _model()
+    from mhc_layers.models.attention import LayerCache
+
     honest = LayerCache.extend
 
-    def overwrites_the_last(self: LayerCache, keys: Any, values: Any) -> Any:
+    def overwrites_the_last(self: Any, keys: Any, values: Any) -> Any:
         start = self.length
         found = honest(self, keys, values)
         if start:
@@ -153,7 +158,7 @@ def test_a_cache_that_is_off_by_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
         return found
 
     monkeypatch.setattr(LayerCache, "extend", overwrites_the_last)
-    assert _verdict("trained_decoding_equals_the_full_forward", _model()) == "broken"
+    assert _verdict("trained_decoding_equals_the_full_forward", subject) == "broken"
 
 
 def test_every_claim_about_models_is_tested() -> None:
