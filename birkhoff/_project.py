@@ -60,8 +60,9 @@ def sinkhorn(
 
     Notes
     -----
-    Guarantees (claims *marginals* and *roundoff*): sums of the last side within ``n + 1`` units of roundoff of one, and
-    every entry within ``4 n u max(1, range / 16)`` of the same iteration in exact arithmetic, for all finite logits.
+    Guarantees (claims ``last_side_exact`` and ``accuracy_of_the_iteration``): sums of the last side within ``n + 1``
+    units of roundoff of one, and every entry within ``4 n u max(1, range / 16)`` of the same iteration in exact
+    arithmetic, for all finite logits, u of the compute dtype; storing in a half precision adds one cast.
     After finitely many iterations the spectral norm may exceed one; :func:`birkhoff.certify` bounds it.
     On torch it is differentiable (exact gradient of the iterations) and compiles without graph breaks.
 
