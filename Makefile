@@ -76,7 +76,7 @@ formal:
 mutation: $(STAMP)
 	$(PY) -m tests.mutation
 
-ci: test test-kernels test-distributed
+ci: test test-kernels
 
 clean:
 	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
