@@ -56,10 +56,14 @@ def kernel_arguments(solver: Any) -> dict[str, Any]:
 
 
 def stack_forward(logits: Any, solver: Any, precision: Precision, *, branch: bool) -> Any:
-    """Project a stack ``(B, n, n)`` of real arrays by the row that serves it; the result in the dtype to store."""
+    """Project a stack ``(B, n, n)`` of real arrays by the row that serves it; the result in the dtype to store.
+
+    Kernels address a contiguous stack; for the others the order of a sum depends on strides, and so would its bits.
+    """
+    logits = _xp.contiguous(logits)
     resolution = resolve(logits, solver, precision)
     if resolution.row.targets:
-        return resolution.row.load("forward")(_xp.contiguous(logits), **kernel_arguments(solver))
+        return resolution.row.load("forward")(logits, **kernel_arguments(solver))
     xp, compute, accumulate, store = _dtypes(logits, precision)
     matrix = _iterate.run(solver, _xp.astype(xp, logits, compute), xp=xp, accumulate=accumulate, branch=branch)
     return _xp.astype(xp, matrix, store)
@@ -67,11 +71,10 @@ def stack_forward(logits: Any, solver: Any, precision: Precision, *, branch: boo
 
 def stack_vjp(logits: Any, grad_matrix: Any, solver: Any, precision: Precision, *, branch: bool) -> Any:
     """Exact gradient of :func:`stack_forward`, in the dtype of the logits."""
+    logits, grad_matrix = _xp.contiguous(logits), _xp.contiguous(grad_matrix)
     resolution = resolve(logits, solver, precision)
     if resolution.row.targets:
-        return resolution.row.load("backward")(
-            _xp.contiguous(logits), _xp.contiguous(grad_matrix), **kernel_arguments(solver)
-        )
+        return resolution.row.load("backward")(logits, grad_matrix, **kernel_arguments(solver))
     xp, compute, accumulate, _ = _dtypes(logits, precision)
     stacks = (_xp.astype(xp, logits, compute), _xp.astype(xp, grad_matrix, compute))
     grad = unrolled_vjp(*stacks, solver, xp=xp, accumulate=accumulate, branch=branch)
@@ -82,10 +85,11 @@ def stack_to_tolerance(
     logits: Any, solver: Any, precision: Precision, trace: _iterate.Trace | None = None, *, branch: bool
 ) -> tuple[Any, Any]:
     """Project a stack until each matrix is within ``solver.tol``; also the iterations that each took."""
+    logits = _xp.contiguous(logits)
     resolution = resolve(logits, solver, precision)
     if trace is None and "to_tolerance" in resolution.row.targets:
         options = {name: getattr(solver, name) for name in ("num_iters", "tol", "first", "range_cap")}
-        matrix, counts = resolution.row.load("to_tolerance")(_xp.contiguous(logits), **options)
+        matrix, counts = resolution.row.load("to_tolerance")(logits, **options)
         return matrix, counts
     xp, compute, accumulate, store = _dtypes(logits, precision)
     matrix, counts = _iterate.run_to_tolerance(

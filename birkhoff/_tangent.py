@@ -19,7 +19,7 @@ from typing import Any
 from birkhoff import _math
 from birkhoff._layout import Frame
 
-__all__ = ["kl_derivative", "lines_first", "per_free_line", "solve_laplacian", "weights"]
+__all__ = ["kl_derivative", "lines_first", "per_free_line", "solve_flows", "solve_laplacian", "weights"]
 
 _TINY = 1e-37  # below every weight that matters; keeps 0 / 0 of a disconnected graph at 0
 
@@ -67,7 +67,33 @@ def solve_laplacian(weight: Any, right: Any, xp: Any, *, noise: Any = None) -> A
         eliminated.append((share, value / degree))
         right = right[1:, ...] + share * value
         weight = weight[1:, 1:, ...] + share[:, None, :] * row[None, :, :]
-    unknowns = [xp.zeros_like(right[0, ...])]  # the grounded vertex
+    return _substitute(eliminated, xp.zeros_like(right[0, ...]), xp)
+
+
+def solve_flows(weight: Any, flow: Any, xp: Any) -> Any:
+    r"""Solve ``Laplacian(weight) x = sum_k flow[:, k]``, last unknown zero, for antisymmetric flows; all ``(n, n, B)``.
+
+    A source that is a sum of flows between pairs stays one as vertices are eliminated,
+
+    .. math:: F'_{jk} = F_{jk} + \frac{W_{jp} F_{pk} - W_{kp} F_{pj}}{\sum_l W_{pl}}
+
+    and a flow of the size of its weight stays so. Summed into a source per vertex it would not: a cluster whose large
+    inner flows cancel would keep their rounding, and its weak links to the rest would turn that into a huge difference.
+    """
+    eliminated = []
+    for _ in range(weight.shape[0] - 1):
+        row, own = weight[0, 1:, ...], flow[0, 1:, ...]
+        degree = _math.lower_bound(xp, xp.sum(row, axis=0), _TINY)
+        share = row / degree
+        eliminated.append((share, xp.sum(own, axis=0) / degree))
+        flow = flow[1:, 1:, ...] + (share[:, None, :] * own[None, :, :] - share[None, :, :] * own[:, None, :])
+        weight = weight[1:, 1:, ...] + share[:, None, :] * row[None, :, :]
+    return _substitute(eliminated, xp.zeros_like(weight[0, 0, ...]), xp)
+
+
+def _substitute(eliminated: list[tuple[Any, Any]], grounded: Any, xp: Any) -> Any:
+    """Back substitution: each unknown is its own value plus the shares of those after it."""
+    unknowns = [grounded]
     for share, value in reversed(eliminated):
         unknowns.insert(0, value + xp.sum(share * xp.stack(unknowns), axis=0))
     return xp.stack(unknowns)
@@ -76,22 +102,22 @@ def solve_laplacian(weight: Any, right: Any, xp: Any, *, noise: Any = None) -> A
 def kl_derivative(matrix: Any, direction: Any, frame: Frame) -> Any:
     r"""Derivative of the KL projection at its solution P, applied to a direction G; symmetric, so jvp and vjp alike.
 
-    .. math:: P \circ (G - \lambda 1^\top - 1 \mu^\top), \quad \operatorname{Laplacian}(W)\, \mu = b, \quad
-              b_j = \sum_{ik} P_{ij} P_{ik} (G_{ij} - G_{ik}) / r_i
+    .. math:: P \circ (G - \lambda 1^\top - 1 \mu^\top), \quad \operatorname{Laplacian}(W)\, \mu = F 1, \quad
+              F_{jk} = \sum_i P_{ij} P_{ik} (G_{ij} - G_{ik}) / r_i
 
-    with the actual sums of P. The right side is summed in differences, so it has the size of the weights, and a
-    permutation gives zero instead of amplified rounding.
+    with the actual sums of P. The flows F are sums of differences, so they have the size of the weights: the
+    multipliers are bounded by those of G whatever the condition, and a permutation gives zero, not amplified rounding.
     """
     xp = frame.xp
     values, change = (lines_first(stack, "columns", frame) for stack in (matrix, direction))
     sums = _math.lower_bound(xp, xp.sum(values, axis=1), _TINY)
-    right = None
+    flow = None
     for line in range(values.shape[0]):
         row, move = values[line, ...], change[line, ...]
-        differences = move[:, None, :] - move[None, :, :]
-        term = row / sums[line, ...] * xp.sum(row[None, :, :] * differences, axis=1)
-        right = term if right is None else right + term
-    mu = solve_laplacian(weights(values, sums, xp), right, xp)
+        both = (row / sums[line, ...])[:, None, :] * row[None, :, :]
+        term = both * (move[:, None, :] - move[None, :, :])
+        flow = term if flow is None else flow + term
+    mu = solve_flows(weights(values, sums, xp), flow, xp)
     moved = direction - per_free_line(mu, "columns", frame)
     mean = xp.sum(matrix * moved, axis=frame.j, keepdims=True)
     row_sums = _math.lower_bound(xp, xp.sum(matrix, axis=frame.j, keepdims=True), _TINY)

@@ -114,13 +114,17 @@ def detach(array: Any) -> Any:
 
 
 def contiguous(array: Any) -> Any:
-    """The array in C order without gaps, as a kernel addresses it; the array itself where it is so. torch and CuPy.
+    """The array in C order without gaps, as a kernel addresses it; the array itself where it is so.
 
-    Flattening and unflattening is not enough: a vector with a stride flattens to a view of itself.
+    Flattening and unflattening is not enough: a vector with a stride flattens to a view of itself. For a library that
+    has no more than the standard it has to be, and serves: no kernel addresses its memory.
     """
     if hasattr(array, "contiguous"):
         return array.contiguous()
-    return array if array.flags.c_contiguous else array.copy()  # CuPy's (and NumPy's) copy is in C order
+    if hasattr(array, "flags"):
+        return array if array.flags.c_contiguous else array.copy()  # NumPy's and CuPy's copy is in C order
+    xp = array_namespace(array)
+    return xp.reshape(xp.reshape(array, (-1,)), array.shape)
 
 
 def can_branch(array: Any) -> bool:

@@ -67,17 +67,18 @@ def test_result_has_the_library_the_dtype_and_the_shape_of_the_input(kind: type,
 
 
 def test_input_is_not_changed_and_layout_does_not_matter(kind: type, backend: Backend, rng: Any) -> None:
-    values = rng.normal(size=(40, 4, 4))
-    given = backend.asarray(values)
-    expected = to_numpy(birkhoff.project(given, kind()).matrix)
-    assert (to_numpy(given) == values).all()
-    transposed = backend.asarray(np.ascontiguousarray(values.transpose(0, 2, 1)))
-    swapped = array_namespace(transposed).permute_dims(transposed, (0, 2, 1))
-    assert (to_numpy(birkhoff.project(swapped, kind()).matrix) == expected).all()
-    strided = backend.asarray(np.repeat(values, 2, axis=0))[::2, ...]
-    assert (to_numpy(birkhoff.project(strided, kind()).matrix) == expected).all()
+    for batch, n in ((40, 4), (3, 4), (2, 40)):
+        values = rng.normal(size=(batch, n, n))
+        given = backend.asarray(values)
+        expected = to_numpy(birkhoff.project(given, kind()).matrix)
+        assert (to_numpy(given) == values).all()
+        transposed = backend.asarray(np.ascontiguousarray(values.transpose(0, 2, 1)))
+        swapped = array_namespace(transposed).permute_dims(transposed, (0, 2, 1))
+        strided = backend.asarray(np.repeat(values, 2, axis=0))[::2, ...]
+        for layout in (swapped, strided):
+            assert (to_numpy(birkhoff.project(layout, kind()).matrix) == expected).all(), (batch, n)
     single = np.full((80, 1, 1), np.nan)
-    single[::2] = values[:, :1, :1]  # every second number: a vector with a stride and nothing in between
+    single[::2] = rng.normal(size=(40, 1, 1))  # every second number: a vector with a stride and nothing in between
     gaps = birkhoff.project(backend.asarray(single)[::2, ...], kind()).matrix
     assert np.abs(to_numpy(gaps) - 1.0).max() <= 3e-6
 
