@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DriverKernel", "pack"]
+__all__ = ["DriverKernel", "PreparedLaunch", "pack"]
 
 #: Dynamic shared memory that a kernel may ask for without opting in.
 _DEFAULT_SHARED_BYTES = 48 * 1024
@@ -69,14 +69,65 @@ def pack(arguments: Sequence[Any]) -> tuple[ctypes.Array[ctypes.c_uint64], ctype
     TypeError
         For anything else.
     """
-    word_array, address_array, offsets = _arrays(len(arguments))
-    words = word_array(*map(_word, arguments))
+    return _places_of([_word(argument) for argument in arguments])
+
+
+def _places_of(
+    values: Sequence[int],
+) -> tuple[ctypes.Array[ctypes.c_uint64], ctypes.Array[ctypes.c_void_p]]:
+    word_array, address_array, offsets = _arrays(len(values))
+    words = word_array(*values)
     base = ctypes.addressof(words)
     return words, address_array(*[base + offset for offset in offsets])
 
 
 def _three(sizes: Sequence[int]) -> list[ctypes.c_uint]:
     return [ctypes.c_uint(size) for size in (*sizes, 1, 1)[:3]]
+
+
+class PreparedLaunch:
+    """A kernel by its driver handle, with everything of a launch but the addresses and the stream.
+
+    Parameters
+    ----------
+    handle : int
+        ``CUfunction``.
+    grid, block : sequence of int
+        One to three sizes each.
+    arguments : sequence
+        In the order of the kernel's parameters: None for an address that each call brings, else a NumPy scalar or an
+        array that all calls share.
+    shared_bytes : int
+        Dynamic shared memory; more than 48 KiB must have been allowed for the kernel before.
+
+    Notes
+    -----
+    Threads may launch at once: each call takes a set of argument words of its own, and the driver copies them.
+    """
+
+    __slots__ = ("_free", "_handle", "_places", "_shape", "_template")
+
+    def __init__(
+        self, handle: int, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], shared_bytes: int = 0
+    ) -> None:
+        self._handle = ctypes.c_void_p(handle)
+        self._shape = (*_three(grid), *_three(block), ctypes.c_uint(shared_bytes))
+        self._places = [place for place, argument in enumerate(arguments) if argument is None]
+        self._template = [0 if argument is None else _word(argument) for argument in arguments]
+        self._free: list[tuple[ctypes.Array[ctypes.c_uint64], ctypes.Array[ctypes.c_void_p]]] = []
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch on a stream, by its driver handle; returns at once."""
+        try:
+            words, places = self._free.pop()
+        except IndexError:
+            words, places = _places_of(self._template)
+        for place, address in zip(self._places, addresses, strict=True):
+            words[place] = address
+        code = _driver().cuLaunchKernel(self._handle, *self._shape, ctypes.c_void_p(stream), places, None)
+        self._free.append((words, places))
+        if code != 0:
+            _raise(code)
 
 
 class DriverKernel:
@@ -117,20 +168,36 @@ class DriverKernel:
     ) -> None:
         words, addresses = pack(arguments)
         driver = _driver()
-        if shared_bytes > self._shared_bytes:
-            self._check(driver.cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
-            self._shared_bytes = shared_bytes
+        self._allow(shared_bytes)
         start = (self._handle, *_three(grid), *_three(block), ctypes.c_uint(shared_bytes), ctypes.c_void_p(stream))
         if self._cooperative:
-            self._check(driver.cuLaunchCooperativeKernel(*start, addresses))
+            _check(driver.cuLaunchCooperativeKernel(*start, addresses))
         else:
-            self._check(driver.cuLaunchKernel(*start, addresses, None))
+            _check(driver.cuLaunchKernel(*start, addresses, None))
         del words  # the driver has copied the arguments
 
-    def _check(self, code: int) -> None:
-        if code == 0:
-            return
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
-        hint = "; no CUDA context is current in this thread" if code == _INVALID_CONTEXT else ""
-        raise RuntimeError(f"CUDA launch failed with {code}: {(text.value or b'').decode()}{hint}")
+    def prepare(
+        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
+    ) -> PreparedLaunch:
+        """Everything of a launch but the addresses and the stream; see :class:`PreparedLaunch` for the arguments."""
+        if self._cooperative:
+            raise ValueError("a cooperative kernel is launched by calling it; prepare() is for ordinary launches")
+        self._allow(shared_bytes)
+        return PreparedLaunch(self._handle.value or 0, grid, block, arguments, shared_bytes)
+
+    def _allow(self, shared_bytes: int) -> None:
+        if shared_bytes > self._shared_bytes:
+            _check(_driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+            self._shared_bytes = shared_bytes
+
+
+def _check(code: int) -> None:
+    if code != 0:
+        _raise(code)
+
+
+def _raise(code: int) -> None:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(code, ctypes.byref(text))
+    hint = "; no CUDA context is current in this thread" if code == _INVALID_CONTEXT else ""
+    raise RuntimeError(f"CUDA launch failed with {code}: {(text.value or b'').decode()}{hint}")

@@ -7,6 +7,8 @@ phi is split, in two terms, in the kernel.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from mhc_layers.kernels.triton.configs import (
     num_sms,
     project_config,
 )
-from mhc_layers.kernels.triton.launch import launch
+from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["finish", "project"]
 
@@ -197,35 +199,49 @@ def project(
     slabs, squares : Tensor
         ``[S, M, N]`` and ``[S, M]`` fp32; the finish sums them in order.
     """
-    num_streams, dim = x.shape[-2:]
     num_rows, k = phi.shape
-    num_tokens = x.numel() // k
+    num_tokens, device = x.numel() // k, x.device
+    start, num_splits = _project_launch(num_tokens, num_rows, *x.shape[-2:], x.dtype, device, config)
+    slabs = torch.empty((num_splits, num_tokens, num_rows), dtype=torch.float32, device=device)
+    squares = torch.empty((num_splits, num_tokens), dtype=torch.float32, device=device)
+    if num_tokens:
+        start(x, phi, slabs, squares)
+    return slabs, squares
+
+
+@functools.lru_cache(maxsize=1024)
+def _project_launch(
+    num_tokens: int,
+    num_rows: int,
+    num_streams: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: ProjectConfig | None,
+) -> tuple[Launch, int]:
+    """The launch of the projection, and the number of slabs it writes."""
+    k = num_streams * dim
     if config is None:
-        config = project_config(num_tokens, num_streams, dim, x.element_size(), num_sms(x.device), capability(x.device))
+        config = project_config(num_tokens, num_streams, dim, dtype.itemsize, num_sms(device), capability(device))
     # a split covers a whole number of steps, so the last one may be short but none is empty
     all_steps = cdiv(k, config.block_k)
     steps = cdiv(all_steps, config.num_splits)
     num_splits = cdiv(all_steps, steps)
-    slabs = torch.empty((num_splits, num_tokens, num_rows), dtype=torch.float32, device=x.device)
-    squares = torch.empty((num_splits, num_tokens), dtype=torch.float32, device=x.device)
-    if num_tokens == 0:
-        return slabs, squares
     constants = {
         "K": k,
         "N": num_rows,
         "NP": padded_rows(num_rows),
         "BM": config.block_tokens,
         "BK": config.block_k,
-        "V": 8 if x.element_size() == 2 else 4,
-        "TERMS": 1 if x.dtype == torch.float32 else 2,
-        "UPCAST": is_interpreting() or x.dtype != torch.bfloat16,
-        "PRECISION": "tf32" if x.dtype == torch.float16 else "ieee",
+        "V": 8 if dtype.itemsize == 2 else 4,
+        "TERMS": 1 if dtype == torch.float32 else 2,
+        "UPCAST": is_interpreting() or dtype != torch.bfloat16,
+        "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
         "EVEN": k % config.block_k == 0,
         "STAGES": config.num_stages,
     }
     grid = (cdiv(num_tokens, config.block_tokens), num_splits)
-    launch(project_kernel, grid, (x, phi, slabs, squares), (num_tokens, steps), constants, config.num_warps)
-    return slabs, squares
+    return Launch(project_kernel, grid, (num_tokens, steps), constants, config.num_warps), num_splits
 
 
 def finish(
@@ -266,12 +282,26 @@ def finish(
         ``(*lead, N)`` and ``lead`` fp32: the normalised projections and 1/r, which the backward needs.
     """
     num_splits, num_tokens, num_rows = slabs.shape
-    num_streams = streams_of(num_rows)
     coef = torch.empty((*lead, num_rows), dtype=torch.float32, device=slabs.device)
     proj = torch.empty_like(coef)
     rstd = torch.empty(lead, dtype=torch.float32, device=slabs.device)
-    if num_tokens == 0:
-        return coef, proj, rstd
+    if num_tokens:
+        start = _finish_launch(num_splits, num_tokens, num_rows, k, options, slabs.device, config)
+        start(slabs, squares, *alphas, bias, coef, proj, rstd)
+    return coef, proj, rstd
+
+
+@functools.lru_cache(maxsize=1024)
+def _finish_launch(
+    num_splits: int,
+    num_tokens: int,
+    num_rows: int,
+    k: int,
+    options: SiteOptions,
+    device: torch.device,
+    config: FinishConfig | None,
+) -> Launch:
+    num_streams = streams_of(num_rows)
     if config is None:
         config = finish_config(num_streams)
     constants = {
@@ -287,7 +317,5 @@ def finish(
         "W": next_power_of_2(num_streams * num_streams),
         "BT": config.block_tokens,
     }
-    pointers = (slabs, squares, *alphas, bias, coef, proj, rstd)
     scalars = (num_tokens, num_splits, 1.0 / k, options.norm_eps, options.eps_pre, options.post_multiplier)
-    launch(finish_kernel, (cdiv(num_tokens, config.block_tokens),), pointers, scalars, constants, config.num_warps)
-    return coef, proj, rstd
+    return Launch(finish_kernel, (cdiv(num_tokens, config.block_tokens),), scalars, constants, config.num_warps)

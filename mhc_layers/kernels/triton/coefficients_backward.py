@@ -6,6 +6,8 @@ no iterate is stored), the affine maps, and the factor that the root mean square
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from mhc_layers.kernels.triton.configs import (
     finish_config,
     next_power_of_2,
 )
-from mhc_layers.kernels.triton.launch import launch
+from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["finish_backward"]
 
@@ -228,29 +230,58 @@ def finish_backward(
     """
     num_rows = proj.shape[-1]
     num_tokens = rstd.numel()
+    two_terms = stream_dtype == torch.bfloat16
+    device = proj.device
+    start, mix_shape, dz_shape, params_shape = _finish_backward_launch(
+        num_tokens,
+        num_rows,
+        k,
+        options,
+        two_terms,
+        dots is not None,
+        None if read is None else read.stride(-2),
+        device,
+        config,
+    )
+    mix = torch.empty(mix_shape, dtype=torch.float32, device=device)
+    dz = torch.empty(dz_shape, dtype=stream_dtype if two_terms else torch.float32, device=device)
+    params = torch.empty(params_shape, dtype=torch.float32, device=device)
+    if num_tokens:
+        # an address for arguments that the kernel does not read
+        absent = (proj if dots is None else dots, proj if read is None else read)
+        start(proj, rstd, dcoef, *absent, *alphas, bias, mix, dz, params)
+    return mix, dz, params
+
+
+@functools.lru_cache(maxsize=1024)
+def _finish_backward_launch(
+    num_tokens: int,
+    num_rows: int,
+    k: int,
+    options: SiteOptions,
+    two_terms: bool,
+    has_dots: bool,
+    read_stride: int | None,
+    device: torch.device,
+    config: FinishConfig | None,
+) -> tuple[Launch, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The launch, and the shapes of mix, dz and the partials."""
     num_streams = streams_of(num_rows)
     padded = padded_rows(num_rows)
     width = mix_width(num_streams)
-    two_terms = stream_dtype == torch.bfloat16
-    device = proj.device
+    terms = 2 if two_terms else 1
     if config is None:
         config = finish_config(num_streams)
     programs = cdiv(num_tokens, config.block_tokens)
-    mix = torch.empty((num_tokens, num_streams, width), dtype=torch.float32, device=device)
-    terms = 2 if two_terms else 1
-    dz = torch.empty((num_tokens, terms, padded), dtype=stream_dtype if two_terms else torch.float32, device=device)
-    params = torch.empty((programs, padded + 4), dtype=torch.float32, device=device)
-    if num_tokens == 0:
-        return mix, dz, params
     constants = {
         "n": num_streams,
         "NS": next_power_of_2(num_streams),
         "NP": padded,
         "P": width,
         "TERMS": terms,
-        "HAS_DOTS": dots is not None,
-        "HAS_READ": read is not None,
-        "READ_STRIDE": 0 if read is None else read.stride(-2),
+        "HAS_DOTS": has_dots,
+        "HAS_READ": read_stride is not None,
+        "READ_STRIDE": read_stride or 0,
         "METHOD": int(options.method == "damped"),
         "COLUMNS_FIRST": options.first == "columns",
         "TRANSPOSED": options.transposed,
@@ -262,19 +293,6 @@ def finish_backward(
         "W": next_power_of_2(num_streams * num_streams),
         "BT": config.block_tokens,
     }
-    absent = proj  # an address for arguments that the kernel does not read
-    pointers = (
-        proj,
-        rstd,
-        dcoef,
-        absent if dots is None else dots,
-        absent if read is None else read,
-        *alphas,
-        bias,
-        mix,
-        dz,
-        params,
-    )
     scalars = (num_tokens, 1.0 / k, options.eps_pre, options.post_multiplier)
-    launch(finish_backward_kernel, (programs,), pointers, scalars, constants, config.num_warps)
-    return mix, dz, params
+    start = Launch(finish_backward_kernel, (programs,), scalars, constants, config.num_warps)
+    return start, (num_tokens, num_streams, width), (num_tokens, terms, padded), (programs, padded + 4)

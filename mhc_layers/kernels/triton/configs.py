@@ -120,7 +120,7 @@ def project_config(
     if item_size == 4 or (wide and capability < 90):
         block_k = 32
     block_tokens = 64 if num_tokens > 32 else 16
-    tiles = -(-num_tokens // block_tokens)
+    tiles = max(1, cdiv(num_tokens, block_tokens))  # no tokens: the shapes of the empty slabs
     # about two programs a multiprocessor, at least four k-steps a program
     num_splits = max(1, min(round(2 * sms / tiles), k // (4 * block_k), 32))
     if item_size == 4:

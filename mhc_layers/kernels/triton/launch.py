@@ -1,22 +1,129 @@
 """Launch a Triton kernel with little work on the host.
 
 ``kernel[grid](...)`` inspects every argument of every call. The kernels of this package are specialised by dtypes and
-compile-time constants only, so a compiled kernel can be remembered by those and launched directly. Pointers that are
-not aligned to 16 bytes, and the interpreter, take Triton's own way.
+compile-time constants only, so what a launch needs beyond the addresses is prepared once for a shape, and a call
+packs the addresses and calls the driver. Pointers that are not aligned to 16 bytes, and the interpreter, take Triton's
+own way.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["launch"]
+from birkhoff.kernels.cuda.launcher import PreparedLaunch
+
+__all__ = ["Launch", "launch"]
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
+_PREPARED: dict[tuple[Any, ...], Launch] = {}
 
 #: The same bits from every Triton version: the default of contraction to fused multiply-adds changes.
 _OPTIONS = {"enable_fp_fusion": True}
+
+#: Addresses that Triton adds after a kernel's own parameters (scratch memory, none here); their number has grown.
+_SCRATCH_WORDS = 4
+
+#: Launches on a stream, given the addresses.
+Start = Callable[[Sequence[int], int], None]
+
+_address = torch.Tensor.data_ptr
+_dtype = operator.attrgetter("dtype")
+
+
+class Launch:
+    """A kernel with its grid, run-time scalars and constants; call it with the pointers.
+
+    Parameters
+    ----------
+    kernel : JITFunction
+        Its parameters are pointers, then run-time scalars that it does not specialise, then compile-time constants.
+    grid : tuple of int
+        One to three sizes.
+    scalars, constants
+        Arguments in the order of the parameters.
+    num_warps : int
+        Of a program.
+    """
+
+    __slots__ = ("_constants", "_grid", "_kernel", "_num_warps", "_ready", "_scalars")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        scalars: tuple[int | float, ...],
+        constants: dict[str, Any],
+        num_warps: int,
+    ) -> None:
+        self._kernel, self._grid, self._scalars = kernel, grid, scalars
+        self._constants, self._num_warps = constants, num_warps
+        # dtypes and device that the start is for; one attribute, so that threads see all of it or nothing
+        self._ready: tuple[tuple[torch.dtype, ...], int, Start] | None = None
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch on the current stream of the tensors' device."""
+        dtypes, addresses = tuple(map(_dtype, tensors)), tuple(map(_address, tensors))
+        ready = self._ready
+        if ready is not None and not functools.reduce(operator.or_, addresses) & 15:
+            expected, index, start = ready
+            if dtypes == expected and tensors[0].get_device() == index == torch.cuda.current_device():
+                start(addresses, torch._C._cuda_getCurrentRawStream(index))
+                return
+        self._first(tensors, dtypes, addresses)
+
+    def _first(
+        self, tensors: tuple[torch.Tensor, ...], dtypes: tuple[torch.dtype, ...], addresses: tuple[int, ...]
+    ) -> None:
+        """Launch in Triton's own way, or with what it compiled for another shape, and remember how."""
+        index = tensors[0].get_device()
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                self(*tensors)
+            return
+        plain = index < 0 or functools.reduce(operator.or_, addresses) & 15
+        key = (id(self._kernel), index, self._num_warps, dtypes, *self._constants.values())
+        compiled = None if plain else _COMPILED.get(key)
+        if compiled is None:
+            compiled = self._kernel[self._grid](
+                *tensors, *self._scalars, **self._constants, num_warps=self._num_warps, **_OPTIONS
+            )
+            if plain or compiled is None:
+                return
+            _COMPILED[key] = compiled
+            self._ready = (dtypes, index, self._start(compiled, len(tensors)))
+            return
+        start = self._start(compiled, len(tensors))
+        self._ready = (dtypes, index, start)
+        start(addresses, torch._C._cuda_getCurrentRawStream(index))
+
+    def _start(self, compiled: Any, num_pointers: int) -> Start:
+        return self._driver_start(compiled, num_pointers) or self._triton_start(compiled)
+
+    def _driver_start(self, compiled: Any, num_pointers: int) -> Start | None:
+        """One call of the driver, where the kernel is an ordinary one of CUDA."""
+        metadata = compiled.metadata
+        special = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+        if torch.version.hip is not None or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
+            return None
+        scalars = [np.int32(s) if isinstance(s, int) else np.float32(s) for s in self._scalars]
+        arguments = [*[None] * num_pointers, *scalars, *[np.int64(0)] * _SCRATCH_WORDS]
+        threads = 32 * metadata.num_warps
+        return PreparedLaunch(compiled.function, self._grid, (threads,), arguments, metadata.shared)
+
+    def _triton_start(self, compiled: Any) -> Start:
+        grid = (*self._grid, 1, 1)[:3]
+        values = (*self._scalars, *self._constants.values())
+
+        def start(addresses: Sequence[int], stream: int) -> None:
+            compiled[grid](*addresses, *values, stream=stream)
+
+        return start
 
 
 def launch(
@@ -27,39 +134,9 @@ def launch(
     constants: dict[str, Any],
     num_warps: int,
 ) -> None:
-    """Launch on the current stream of the tensors' device.
-
-    Parameters
-    ----------
-    kernel : JITFunction
-        Its parameters are pointers, then run-time scalars that it does not specialise, then compile-time constants.
-    grid : tuple of int
-        One to three sizes.
-    pointers, scalars, constants
-        Arguments in the order of the parameters.
-    num_warps : int
-        Of a program.
-    """
-    first = pointers[0]
-    index = first.get_device()
-    if index < 0:
-        kernel[grid](*pointers, *scalars, **constants, num_warps=num_warps, **_OPTIONS)
-        return
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            launch(kernel, grid, pointers, scalars, constants, num_warps)
-        return
-    values = tuple(constants.values())
-    aligned = True
-    dtypes = []
-    for pointer in pointers:
-        aligned &= pointer.data_ptr() % 16 == 0
-        dtypes.append(pointer.dtype)
-    key = (id(kernel), index, aligned, num_warps, *dtypes, *values)
-    compiled = _COMPILED.get(key)
-    if compiled is None or not aligned:
-        compiled = kernel[grid](*pointers, *scalars, **constants, num_warps=num_warps, **_OPTIONS)
-        if compiled is not None and aligned:
-            _COMPILED[key] = compiled
-        return
-    compiled[(*grid, 1, 1)[:3]](*pointers, *scalars, *values)
+    """Launch with the :class:`Launch` of these arguments, made at the first call."""
+    key = (id(kernel), grid, scalars, num_warps, *constants.values())
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        prepared = _PREPARED[key] = Launch(kernel, grid, scalars, constants, num_warps)
+    prepared(*pointers)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
-from mhc_layers.kernels.triton.launch import launch
+from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["read_forward"]
 
@@ -40,17 +42,29 @@ def read_forward(x: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | Non
     *lead, num_streams, dim = x.shape
     num_tokens = x.numel() // (num_streams * dim)
     u = torch.empty((*lead, dim), dtype=x.dtype, device=x.device)
-    if num_tokens == 0:
-        return u
+    if num_tokens:
+        _launch(num_tokens, num_streams, dim, coef.stride(-2), x.dtype, x.device, config)(x, coef, u)
+    return u
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    num_tokens: int,
+    num_streams: int,
+    dim: int,
+    coef_stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: RowConfig | None,
+) -> Launch:
     if config is None:
-        config = row_config(num_streams, dim, x.element_size(), reducing=False)
+        config = row_config(num_streams, dim, dtype.itemsize, reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
     constants = {
-        "COEF_STRIDE": coef.stride(-2),
+        "COEF_STRIDE": coef_stride,
         "C": dim,
         "n": num_streams,
         "BT": config.block_tokens,
         "BC": config.block_channels,
     }
-    launch(read_forward_kernel, grid, (x, coef, u), (num_tokens,), constants, config.num_warps)
-    return u
+    return Launch(read_forward_kernel, grid, (num_tokens,), constants, config.num_warps)

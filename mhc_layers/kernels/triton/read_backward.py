@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
-from mhc_layers.kernels.triton.launch import launch
+from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["read_backward"]
 
@@ -46,10 +48,17 @@ def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None
     *lead, num_streams, dim = x.shape
     num_tokens = x.numel() // (num_streams * dim)
     dots = torch.empty((*lead, num_streams), dtype=torch.float32, device=x.device)
-    if num_tokens == 0:
-        return dots
+    if num_tokens:
+        _launch(num_tokens, num_streams, dim, x.dtype, x.device, config)(gu, x, dots)
+    return dots
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    num_tokens: int, num_streams: int, dim: int, dtype: torch.dtype, device: torch.device, config: RowConfig | None
+) -> Launch:
     if config is None:
-        config = row_config(num_streams, dim, x.element_size(), reducing=True)
+        config = row_config(num_streams, dim, dtype.itemsize, reducing=True)
     constants = {
         "C": dim,
         "n": num_streams,
@@ -58,5 +67,4 @@ def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None
         "V": lane_values(config),
     }
     grid = (cdiv(num_tokens, config.block_tokens),)
-    launch(read_backward_kernel, grid, (gu, x, dots), (num_tokens,), constants, config.num_warps)
-    return dots
+    return Launch(read_backward_kernel, grid, (num_tokens,), constants, config.num_warps)

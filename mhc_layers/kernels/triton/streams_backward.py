@@ -8,6 +8,8 @@ slabs in order.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from mhc_layers.kernels.triton.configs import (
     num_sms,
     streams_backward_config,
 )
-from mhc_layers.kernels.triton.launch import launch
+from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["reduce_slabs", "streams_backward"]
 
@@ -180,39 +182,65 @@ def streams_backward(
     config: StreamsBackwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``dx [M, n, C]`` and ``dphi_slabs [S, N, K]`` fp32; ``g`` or ``gu`` may be None (term absent)."""
-    num_streams, dim = x.shape[-2:]
     num_rows, k = phi.shape
-    num_tokens = x.numel() // k
+    num_tokens, device = x.numel() // k, x.device
+    dx = torch.empty_like(x)
+    if num_tokens == 0:
+        return dx, torch.empty((0, num_rows, k), dtype=torch.float32, device=device)
+    start, num_splits = _streams_backward_launch(
+        num_tokens,
+        *x.shape[-2:],
+        dz.shape[-1],
+        mix.shape[-1],
+        x.dtype,
+        device,
+        g is not None,
+        gu is not None,
+        config,
+    )
+    slabs = torch.empty((num_splits, num_rows, k), dtype=torch.float32, device=device)
+    start(x, x if g is None else g, x if gu is None else gu, mix, dz, phi, dx, slabs)
+    return dx, slabs
+
+
+@functools.lru_cache(maxsize=1024)
+def _streams_backward_launch(
+    num_tokens: int,
+    num_streams: int,
+    dim: int,
+    padded: int,
+    mix_columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_g: bool,
+    has_gu: bool,
+    config: StreamsBackwardConfig | None,
+) -> tuple[Launch, int]:
+    """The launch of B2, and the number of slabs it writes."""
     if config is None:
         config = streams_backward_config(
-            num_tokens, num_streams, dim, x.element_size(), num_sms(x.device), capability(x.device)
+            num_tokens, num_streams, dim, dtype.itemsize, num_sms(device), capability(device)
         )
     span = cdiv(cdiv(num_tokens, config.num_splits), config.block_tokens) * config.block_tokens
-    num_splits = cdiv(num_tokens, span) if num_tokens else 0
-    dx = torch.empty_like(x)
-    slabs = torch.empty((num_splits, num_rows, k), dtype=torch.float32, device=x.device)
-    if num_tokens == 0:
-        return dx, slabs
-    two_terms = x.dtype == torch.bfloat16
+    num_splits = cdiv(num_tokens, span)
+    two_terms = dtype == torch.bfloat16
     grid = (cdiv(dim, config.block_channels) * (num_streams // config.group), num_splits)
     constants = {
         "C": dim,
         "n": num_streams,
-        "NP": dz.shape[-1],
-        "P": mix.shape[-1],
+        "NP": padded,
+        "P": mix_columns,
         "GROUP": config.group,
         "BT": config.block_tokens,
         "BC": config.block_channels,
         "STAGES": config.num_stages,
         "TERMS": 2 if two_terms else 1,
-        "HAS_G": g is not None,
-        "HAS_GU": gu is not None,
+        "HAS_G": has_g,
+        "HAS_GU": has_gu,
         "UPCAST": is_interpreting() or not two_terms,
         "PRECISION": "ieee",
     }
-    pointers = (x, x if g is None else g, x if gu is None else gu, mix, dz, phi, dx, slabs)
-    launch(streams_backward_kernel, grid, pointers, (num_tokens, span), constants, config.num_warps)
-    return dx, slabs
+    return Launch(streams_backward_kernel, grid, (num_tokens, span), constants, config.num_warps), num_splits
 
 
 def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,9 +259,12 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
         return dphi_slabs.new_zeros((num_rows, k)), params.new_zeros((padded + 4,))
     dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
     dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
-    block = 16384 if is_interpreting() else 256
-    constants = {"SIZE": num_rows * k, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 4096 // padded}
-    grid = (cdiv(num_rows * k, block) + 1,)
-    scalars = (num_splits, params.shape[0])
-    launch(reduce_kernel, grid, (dphi_slabs, params, dphi, dparams), scalars, constants, 4)
+    _reduce_launch(num_splits, num_rows * k, params.shape[0], padded, params.device)(dphi_slabs, params, dphi, dparams)
     return dphi, dparams
+
+
+@functools.lru_cache(maxsize=1024)
+def _reduce_launch(num_splits: int, size: int, programs: int, padded: int, device: torch.device) -> Launch:
+    block = 16384 if is_interpreting() else 256
+    constants = {"SIZE": size, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 4096 // padded}
+    return Launch(reduce_kernel, (cdiv(size, block) + 1,), (num_splits, programs), constants, 4)

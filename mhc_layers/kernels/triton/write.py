@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
-from mhc_layers.kernels.triton.launch import launch
+from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["write_forward"]
 
@@ -44,11 +46,17 @@ def write_forward(
     num_streams, dim = x.shape[-2:]
     num_tokens = x.numel() // (num_streams * dim)
     out = torch.empty_like(x)
-    if num_tokens == 0:
-        return out
+    if num_tokens:
+        _launch(num_tokens, num_streams, dim, x.dtype, x.device, config)(x, f, coef, out)
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    num_tokens: int, num_streams: int, dim: int, dtype: torch.dtype, device: torch.device, config: RowConfig | None
+) -> Launch:
     if config is None:
-        config = row_config(num_streams, dim, x.element_size(), reducing=False)
+        config = row_config(num_streams, dim, dtype.itemsize, reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
     constants = {"C": dim, "n": num_streams, "BT": config.block_tokens, "BC": config.block_channels}
-    launch(write_forward_kernel, grid, (x, f, coef, out), (num_tokens,), constants, config.num_warps)
-    return out
+    return Launch(write_forward_kernel, grid, (num_tokens,), constants, config.num_warps)

@@ -8,13 +8,15 @@ once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from mhc_layers.kernels.options import SiteOptions
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
-from mhc_layers.kernels.triton.launch import launch
+from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["write_backward"]
 
@@ -98,10 +100,24 @@ def write_backward(
     num_tokens = x.numel() // (num_streams * dim)
     df = torch.empty_like(f)
     dcoef = torch.empty_like(proj)
-    if num_tokens == 0:
-        return df, dcoef
+    if num_tokens:
+        start = _launch(num_tokens, num_streams, dim, options.post_multiplier, x.dtype, x.device, config)
+        start(g, x, f, proj, alpha_post, bias, df, dcoef)
+    return df, dcoef
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    num_tokens: int,
+    num_streams: int,
+    dim: int,
+    post_multiplier: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: RowConfig | None,
+) -> Launch:
     if config is None:
-        config = row_config(num_streams, dim, x.element_size(), reducing=True)
+        config = row_config(num_streams, dim, dtype.itemsize, reducing=True)
     constants = {
         "C": dim,
         "n": num_streams,
@@ -110,6 +126,4 @@ def write_backward(
         "V": lane_values(config),
     }
     grid = (cdiv(num_tokens, config.block_tokens),)
-    pointers = (g, x, f, proj, alpha_post, bias, df, dcoef)
-    launch(write_backward_kernel, grid, pointers, (num_tokens, options.post_multiplier), constants, config.num_warps)
-    return df, dcoef
+    return Launch(write_backward_kernel, grid, (num_tokens, post_multiplier), constants, config.num_warps)
