@@ -38,6 +38,7 @@ class Site:
         padded = max(16, 1 << (big_n - 1).bit_length())
         self.mix = torch.zeros(m, n, width, device=device)
         self.mix[:, :, : n + 2] = normal(m, n, n + 2)
+        self.mix[:, :, n + 1] = self.mix[:, :1, n + 1]  # rc belongs to the token
         dz = normal(m, big_n)
         self.dz = torch.zeros(m, 2, padded, device=device, dtype=torch.bfloat16)
         self.dz[:, 0, :big_n] = dz.bfloat16()
