@@ -150,16 +150,16 @@ def reduce_kernel(
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sums over the slabs, DEPTH at a time in order; the last program sums the partials of bias and alpha."""
-    pid = tl.program_id(0)
-    if pid == tl.num_programs(0) - 1:
+    """Sums over the slabs, DEPTH at a time in order; the first program sums the partials of bias and alpha."""
+    pid = tl.program_id(0) - 1
+    if pid < 0:  # the longest program, so it starts first; its loads do not wait for each other
         j = tl.arange(0, 2 * NP)
-        sums = tl.zeros((2 * NP,), tl.float32)
+        rows = tl.zeros((ROWS, 2 * NP), tl.float32)
         for start in range(0, PROGRAMS, ROWS):
             row = start + tl.arange(0, ROWS)
             mask = (row < PROGRAMS)[:, None] & (j < NP + 3)[None, :]
-            sums += tl.sum(tl.load(PARAMS + row[:, None] * (NP + 4) + j[None, :], mask=mask, other=0.0), axis=0)
-        tl.store(DPARAMS + j, sums, mask=j < NP + 3)
+            rows += tl.load(PARAMS + row[:, None] * (NP + 4) + j[None, :], mask=mask, other=0.0)
+        tl.store(DPARAMS + j, tl.sum(rows, axis=0), mask=j < NP + 3)
     else:
         at = pid * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
