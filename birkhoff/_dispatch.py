@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from birkhoff import _iterate, _xp
+from birkhoff._checks import check_solver, square_matrices
 from birkhoff._registry import PROJECTIONS, Facts, Resolution
 from birkhoff.adjoints.unrolled import unrolled_vjp
 from birkhoff.precision import DEFAULT, Precision
@@ -127,8 +128,8 @@ def explain(logits: Any, solver: Any, *, precision: Precision = DEFAULT) -> Reso
 
     Raises
     ------
-    ArrayTypeError
-        If ``logits`` is not an array.
+    ArrayTypeError, DtypeError, ShapeError, OptionError
+        For what :func:`birkhoff.project` refuses too.
 
     Examples
     --------
@@ -139,4 +140,6 @@ def explain(logits: Any, solver: Any, *, precision: Precision = DEFAULT) -> Reso
     refused: triton: serves arrays of torch, got numpy
     refused: triton-newton: serves arrays of torch, got numpy
     """
+    square_matrices(logits, "logits")
+    check_solver(solver)
     return resolve(logits, solver, precision)

@@ -8,16 +8,17 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _dispatch, _math, _xp, rounding
+from birkhoff._checks import check_solver, square_matrices
 from birkhoff._iterate import Trace
 from birkhoff._result import Projection, Status
 from birkhoff.adjoints import Implicit
-from birkhoff.errors import DtypeError, OptionError, ProjectionError, ShapeError
+from birkhoff.errors import OptionError, ProjectionError
 from birkhoff.precision import DEFAULT, Precision, unit_roundoff
 from birkhoff.solvers import SinkhornKnopp
 from birkhoff.solvers.protocol import Solver
 from birkhoff.support import Support, diagnose_support
 
-__all__ = ["check_logits", "matrix", "project", "sinkhorn", "stack_vjp"]
+__all__ = ["matrix", "project", "sinkhorn", "stack_vjp"]
 
 Finish = Literal["none", "nonexpansive", "exact"]
 _FINISHES = {"none": None, "nonexpansive": rounding.round_to_nonexpansive, "exact": rounding.round_to_polytope}
@@ -82,26 +83,10 @@ def sinkhorn(
 
 def matrix(logits: Any, solver: Solver, precision: Precision | None = None, *, adjoint: Any = None) -> Any:
     """The matrix of :func:`project` alone: no status and no errors, so nothing reads the data of a fixed iteration."""
-    xp = check_logits(logits)
+    xp = square_matrices(logits, "logits")
     if solver.tol is None or 0 in logits.shape:
         return _fixed(logits, solver, xp, precision or DEFAULT, adjoint)
     return _solve(logits, solver, xp, precision or DEFAULT, adjoint, None)[0]
-
-
-def check_logits(logits: Any) -> Any:
-    """Return the namespace of a batch of square floating-point matrices, or raise what is wrong with it."""
-    xp = _xp.array_namespace(logits)
-    if not _xp.is_floating(logits.dtype):
-        raise DtypeError(
-            f"logits must be real floating (bfloat16, float16, float32, float64), got {_xp.dtype_name(logits.dtype)}; "
-            "convert with astype"
-        )
-    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
-        raise ShapeError(
-            f"logits must have shape (..., n, n), got {tuple(logits.shape)}; "
-            "the last two axes hold the square matrix, all others are batch axes"
-        )
-    return xp
 
 
 def project(
@@ -142,8 +127,8 @@ def project(
     Projection
         ``matrix`` of the input's library, device and dtype; ``status``, ``num_iters``, ``row_error``, ``column_error``,
         arrays of the batch's shape. Without a ``tol``, ``converged`` means errors at most the square root of the unit
-        roundoff of the compute dtype (2.4e-4 in float32, 1e-8 in float64). A result stored in a half precision is
-        allowed one more unit of roundoff of that, from its last cast.
+        roundoff of the compute dtype (2.4e-4 in float32, 1e-8 in float64), plus ``eps_den`` for ``SinkhornDamped``. A
+        result stored in a half precision is allowed one more unit of roundoff of that, from its last cast.
 
     Raises
     ------
@@ -157,7 +142,9 @@ def project(
     A NaN or +inf poisons its own matrix alone (``Status.nonfinite_input``). If the logits hold -inf, the pattern of
     zeros is analysed on the host (which waits for a device): without total support the status is
     ``no_total_support``, and the matrix is the iterate, its zeros kept. Under ``torch.compile`` and functional
-    transforms that analysis is left out.
+    transforms that analysis is left out. An empty batch gives an empty result, and so does n = 0, for whatever maps
+    matrices to matrices; what answers a question about a matrix (certificates, decompositions, diagnostics) refuses
+    n = 0.
 
     Examples
     --------
@@ -167,10 +154,9 @@ def project(
     >>> birkhoff.Status(int(result.status)).name, float(result.row_error) < 1e-15
     ('converged', True)
     """
-    xp = check_logits(logits)
+    xp = square_matrices(logits, "logits")
     method: Solver = SinkhornKnopp() if solver is None else solver
-    if isinstance(method, type) or not hasattr(method, "method"):
-        raise OptionError(f"solver must be a value of birkhoff.solvers, such as SinkhornKnopp(), got {solver!r}")
+    check_solver(method)
     if adjoint is not None and (isinstance(adjoint, type) or not hasattr(adjoint, "vjp")):
         raise OptionError(f"adjoint must be None or a value of birkhoff.adjoints, such as Implicit(), got {adjoint!r}")
     if precision is not None and not isinstance(precision, Precision):
@@ -272,7 +258,9 @@ def _report(logits: Any, projected: Any, counts: Any, solver: Solver, xp: Any, s
         return Projection(projected, status, counts, zeros, zeros)
     with _xp.quiet(values):
         rows, columns = _math.marginal_errors(xp, values)
-    target = solver.tol if solver.tol is not None else unit_roundoff(settled.compute) ** 0.5
+    target = solver.tol
+    if target is None:
+        target = unit_roundoff(settled.compute) ** 0.5 + getattr(solver, "bias", 0.0)
     if settled.store in ("bfloat16", "float16"):  # the iteration cannot answer for the rounding of the last cast
         target += 1.01 * unit_roundoff(settled.store)
     within = xp.logical_and(rows <= target, columns <= target)

@@ -50,6 +50,12 @@ def array_namespace(*arrays: Any) -> Any:
 
 
 def _ask_namespace(arrays: tuple[Any, ...]) -> Any:
+    for array in arrays:
+        if isinstance(array, np.matrix | np.ma.MaskedArray):  # arrays by inheritance, with another meaning of sums
+            raise ArrayTypeError(
+                f"expected a plain array, got numpy.{type(array).__name__}; convert with numpy.asarray "
+                "(a mask is dropped by that: fill the masked entries first)"
+            )
     try:
         return array_api_compat.array_namespace(*arrays)
     except TypeError as error:

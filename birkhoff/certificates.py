@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _math, _xp
-from birkhoff.errors import DtypeError, OptionError, ShapeError
+from birkhoff._checks import square_matrices
+from birkhoff.errors import OptionError, ShapeError
 
 __all__ = ["Certificate", "Provenance", "certify", "certify_product"]
 
@@ -276,10 +277,9 @@ def _certify(layers: list[Any], num_steps: int, num_samples: int | None) -> Cert
     xp = _xp.array_namespace(*layers)
     shape = tuple(layers[0].shape)
     for layer in layers:
-        if layer.ndim < 2 or layer.shape[-1] != layer.shape[-2] or layer.shape[-1] == 0 or tuple(layer.shape) != shape:
-            raise ShapeError(f"expected arrays of one shape (..., n, n) with n >= 1, got {tuple(layer.shape)}")
-        if not _xp.is_floating(layer.dtype):
-            raise DtypeError(f"expected real floating values, got {_xp.dtype_name(layer.dtype)}; convert them first")
+        square_matrices(layer, "matrix", nonempty=True)
+        if tuple(layer.shape) != shape:
+            raise ShapeError(f"factors must have one shape (..., n, n), got {shape} and {tuple(layer.shape)}")
     layers = [_xp.detach(layer) for layer in layers]
     if _math.accumulate_dtype(xp, layers[0]) != xp.float64:
         layers = [_xp.to_numpy(layer) for layer in layers]

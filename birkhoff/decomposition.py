@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from birkhoff import _xp
-from birkhoff.errors import DtypeError, MissingPackageError, ShapeError
+from birkhoff._checks import square_matrices
+from birkhoff.errors import MissingPackageError, ShapeError
 from birkhoff.rounding import round_to_polytope
 
 __all__ = ["decompose", "recompose", "round_to_polytope"]
@@ -67,11 +68,7 @@ def decompose(matrix: Any, *, tol: float | None = None, max_terms: int | None = 
     array([[0.75, 0.25],
            [0.25, 0.75]])
     """
-    xp = _xp.array_namespace(matrix)
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
-        raise ShapeError(f"matrix must have shape (..., n, n) with n >= 1, got {tuple(matrix.shape)}")
-    if not _xp.is_floating(matrix.dtype):
-        raise DtypeError(f"matrix must be real floating, got {_xp.dtype_name(matrix.dtype)}; convert with astype")
+    xp = square_matrices(matrix, "matrix", nonempty=True)
     if max_terms is not None and max_terms < 1:
         raise ValueError(f"max_terms must be at least 1, got {max_terms}")
     n = matrix.shape[-1]

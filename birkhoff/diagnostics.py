@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from birkhoff import _math, _xp
-from birkhoff.errors import DtypeError, OptionError, ShapeError
+from birkhoff._checks import square_matrices
+from birkhoff.errors import OptionError
 
 __all__ = [
     "Diagnostics",
@@ -334,11 +335,7 @@ def second_singular_value(matrix: Any) -> Any:
 
 
 def _prepare(matrix: Any) -> tuple[Any, Any]:
-    xp = _xp.array_namespace(matrix)
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
-        raise ShapeError(f"expected an array (..., n, n) with n >= 1, got {tuple(matrix.shape)}")
-    if not _xp.is_floating(matrix.dtype):
-        raise DtypeError(f"expected real floating values, got {_xp.dtype_name(matrix.dtype)}; convert them first")
+    xp = square_matrices(matrix, "matrix", nonempty=True)
     return xp, _xp.astype(xp, matrix, _math.compute_dtype(xp, matrix))
 
 

@@ -20,9 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _math, _xp
+from birkhoff._checks import square_matrices
 from birkhoff._registry import Row, Table, installed
 from birkhoff._result import Projection, Status
-from birkhoff.errors import DtypeError, OptionError, ProjectionError, ShapeError
+from birkhoff.errors import OptionError, ProjectionError
 from birkhoff.precision import unit_roundoff
 from birkhoff.support import Support, diagnose_support
 
@@ -183,11 +184,7 @@ def project_large(
     >>> int(result.status), bool(result.column_error < 1e-10)
     (0, True)
     """
-    xp = _xp.array_namespace(logits)
-    if not _xp.is_floating(logits.dtype):
-        raise DtypeError(f"logits must be real floating, got {_xp.dtype_name(logits.dtype)}; convert with astype")
-    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or logits.shape[-1] == 0:
-        raise ShapeError(f"logits must have shape (..., n, n) with n >= 1, got {tuple(logits.shape)}")
+    xp = square_matrices(logits, "logits")
     if num_iters < 1:
         raise OptionError(f"num_iters must be at least 1, got {num_iters}")
     if tol is not None and not tol > 0:
@@ -195,8 +192,11 @@ def project_large(
     if first not in ("columns", "rows"):
         raise OptionError(f"first must be 'columns' or 'rows', got {first!r}")
     n, batch = logits.shape[-1], tuple(logits.shape[:-2])
+    dtype, where = _math.compute_dtype(xp, logits), _xp.device(logits)
+    if 0 in logits.shape:
+        counts, errors = (xp.zeros(batch, dtype=kind, device=where) for kind in (xp.int32, dtype))
+        return Projection(_xp.detach(logits), counts, counts, errors, errors)
     stack = xp.reshape(_xp.detach(logits), (-1, n, n))
-    dtype = _math.compute_dtype(xp, logits)
     target = unit_roundoff(dtype) ** 0.5 if tol is None else tol
     matrices, reports = [], []
     with _xp.quiet(logits):
@@ -209,12 +209,10 @@ def project_large(
     if throw and any(report[0] != Status.converged for report in reports):
         worst = next(Status(report[0]) for report in reports if report[0] != Status.converged)
         raise ProjectionError(f"{worst.name} after {num_iters} iterations, tol={target:g}. {worst.advice}")
-    where = _xp.device(logits)
-    columns = list(zip(*reports, strict=True)) if reports else [(), (), (), ()]
+    columns = list(zip(*reports, strict=True))
     status, counts = (xp.reshape(xp.asarray(list(c), dtype=xp.int32, device=where), batch) for c in columns[:2])
     rows, cols = (xp.reshape(xp.asarray(list(c), dtype=dtype, device=where), batch) for c in columns[2:])
-    whole = xp.stack(matrices) if matrices else _xp.astype(xp, stack, logits.dtype)
-    return Projection(xp.reshape(whole, logits.shape), status, counts, rows, cols)
+    return Projection(xp.reshape(xp.stack(matrices), logits.shape), status, counts, rows, cols)
 
 
 def _project_one(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from birkhoff import _math, _xp
-from birkhoff.errors import DtypeError, ShapeError
+from birkhoff._checks import square_matrices
 
 __all__ = ["round_to_nonexpansive", "round_to_polytope"]
 
@@ -126,11 +126,7 @@ def round_to_polytope(matrix: Any) -> Any:
 
 def _prepare(matrix: Any) -> tuple[Any, Any, Any]:
     """Namespace, non-negative values in the compute dtype, and the dtype of the sums."""
-    xp = _xp.array_namespace(matrix)
-    if not _xp.is_floating(matrix.dtype):
-        raise DtypeError(f"matrix must be real floating, got {_xp.dtype_name(matrix.dtype)}; convert with astype")
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ShapeError(f"matrix must have shape (..., n, n), got {tuple(matrix.shape)}")
+    xp = square_matrices(matrix, "matrix")
     values = _xp.astype(xp, matrix, _math.compute_dtype(xp, matrix))
     accumulate = _math.accumulate_dtype(xp, matrix)
     return xp, _positive_part(xp, values), accumulate

@@ -6,12 +6,11 @@ Each is a frozen class with ``num_parameters(n)``, ``initial_parameters(n)`` nea
 
 from birkhoff.parametrizations.cayley import Cayley
 from birkhoff.parametrizations.circulant import Circulant
-from birkhoff.parametrizations.column_stochastic import ColumnStochastic
 from birkhoff.parametrizations.identity import Identity
 from birkhoff.parametrizations.kronecker import Kronecker
 from birkhoff.parametrizations.orthostochastic import Orthostochastic
 from birkhoff.parametrizations.permutations import Permutations
-from birkhoff.parametrizations.row_stochastic import RowStochastic
+from birkhoff.parametrizations.stochastic import ColumnStochastic, RowStochastic
 
 __all__ = [
     "Cayley",

@@ -49,7 +49,11 @@ class Solver(Protocol):
 
 
 class TracedSolver(Solver, Protocol):
-    """A solver whose every half step divides a positive matrix by its sums, which gives it an exact adjoint."""
+    """A solver whose every half step divides a positive matrix by its sums, which gives it an exact adjoint.
+
+    Tangents are computed without a look at the values, by the arithmetic for any range: a solver that leaves that to
+    another one (the last of its ``arithmetics``) needs neither ``push_start`` nor ``pull_start_tangent``.
+    """
 
     def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
         """Yield (normalised matrix, axis of its sums, relaxation weight) for each half step."""

@@ -30,8 +30,8 @@ class SinkhornDamped:
     num_iters : int, default 20
         Full iterations; the softmax counts as the first half step.
     tol : float, optional
-        Stop a matrix once ``max |sum - 1|`` of its first-normalised side is at most this. The damping itself keeps
-        sums about ``eps_den`` away from one.
+        Stop a matrix once ``max |sum - 1|`` of its first-normalised side is at most this. The damping keeps all sums
+        ``eps_den`` below one, so a smaller ``tol`` is never met.
     first : {"rows", "columns"}, default "rows"
         The axis of the softmax: "rows" is DeepSeek's softmax over the last axis.
     range_cap : float, optional
@@ -49,7 +49,9 @@ class SinkhornDamped:
     Notes
     -----
     Computes (R5)-(R7) of :mod:`birkhoff.reference` within ``4 n u max(1, range / 16)``. The result is the *stored*
-    matrix; DeepSeek applies its transpose.
+    matrix; DeepSeek applies its transpose. The limit of every sum is ``1 - eps_den`` (the fixed point of
+    ``s / (s + eps_den)``); without a ``tol``, :func:`birkhoff.project` calls a matrix converged that is as near to it
+    as it asks other solvers to be near one.
 
     Examples
     --------
@@ -72,6 +74,11 @@ class SinkhornDamped:
         for name in ("eps_start", "eps_den"):
             if not getattr(self, name) >= 0.0:
                 raise OptionError(f"SinkhornDamped: {name} must be >= 0, got {getattr(self, name)!r}")
+
+    @property
+    def bias(self) -> float:
+        """How far from one the sums end, however many iterations run."""
+        return self.eps_den
 
     def init(self, logits: Any, frame: Frame) -> tuple[Any, ...]:
         """The start twice: as the matrix before any iteration, and as what the next half step divides."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from birkhoff._layout import Frame
 from birkhoff.solvers.protocol import First, check_options
-from birkhoff.solvers.range_cap import cap, pull_cap, push_cap
+from birkhoff.solvers.range_cap import cap, pull_cap
 from birkhoff.solvers.sinkhorn_log import SinkhornLog
 
 __all__ = ["SinkhornKnopp"]
@@ -114,14 +114,6 @@ class SinkhornKnopp:
     def pull_start(self, logits: Any, grad_log: Any, frame: Frame) -> Any:
         """Through the cap; the subtracted maximum changes nothing."""
         return pull_cap(logits, grad_log, self.range_cap, frame.order(self.first)[0], frame)
-
-    def pull_start_tangent(self, logits: Any, grad_log: Any, tangent: Any, grad_tangent: Any, frame: Frame) -> Any:
-        """The cap is piecewise linear: its pull-back does not move."""
-        return self.pull_start(logits, grad_tangent, frame)
-
-    def push_start(self, logits: Any, tangent: Any, frame: Frame) -> Any:
-        """Through the cap; the subtracted maximum changes nothing."""
-        return push_cap(logits, tangent, self.range_cap, frame.order(self.first)[0], frame)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import array_api_strict
@@ -10,6 +11,9 @@ import pytest
 
 import birkhoff
 from birkhoff import errors
+from birkhoff.diagnostics import diagnose
+from birkhoff.large import project_large
+from birkhoff.rounding import round_to_nonexpansive
 from birkhoff.solvers import Euclidean, Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog
 from tests.backends import BACKENDS, Backend
 
@@ -118,3 +122,47 @@ def test_options_of_the_wrong_kind_are_named() -> None:
             birkhoff.project(logits, **option)  # type: ignore[arg-type]
     with pytest.raises(birkhoff.errors.ArrayTypeError, match="list"):
         birkhoff.explain([[0.0]], kind())
+    with pytest.raises(birkhoff.errors.ShapeError, match=r"got \(\)"):
+        birkhoff.explain(np.zeros(()), kind())
+    with pytest.raises(birkhoff.errors.OptionError, match="solver must be"):
+        birkhoff.explain(logits, kind)
+
+
+@pytest.mark.parametrize("door", [*FRONT_DOORS, birkhoff.certify, birkhoff.decompose, birkhoff.round_to_polytope])
+def test_arrays_that_mean_something_else_are_refused(door: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        legacy = np.matrix(np.eye(2))
+    for other in (legacy, np.ma.masked_array(np.eye(2), mask=np.eye(2) > 0)):
+        with pytest.raises(
+            errors.ArrayTypeError, match=r"got numpy\.(matrix|MaskedArray); convert with numpy\.asarray"
+        ):
+            door(other)
+
+
+ANSWERS = [birkhoff.certify, birkhoff.decompose, diagnose, lambda matrix: birkhoff.certify_product([matrix])]
+MAPS = [*FRONT_DOORS, birkhoff.round_to_polytope, round_to_nonexpansive, project_large]
+
+
+@pytest.mark.parametrize("function", [*MAPS, *ANSWERS])
+def test_every_function_that_takes_matrices_refuses_the_same_arrays(function: Any) -> None:
+    with pytest.raises(errors.DtypeError, match=r"real floating .* got int64; convert with astype"):
+        function(np.eye(2, dtype=np.int64))
+    for shape in ((), (3,), (2, 3)):
+        with pytest.raises(errors.ShapeError, match=r"shape \(\.\.\., n, n\), got \("):
+            function(np.zeros(shape))
+    with pytest.raises(errors.ArrayTypeError):
+        function("logits")
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (3, 0, 0)])
+def test_maps_return_the_empty_matrix_and_questions_refuse_it(shape: tuple[int, ...]) -> None:
+    empty = np.zeros(shape, dtype=np.float32)
+    for function in MAPS:
+        result = function(empty)
+        matrix = getattr(result, "matrix", result)
+        assert matrix.shape == shape and matrix.dtype == np.float32
+        assert getattr(result, "status", np.zeros(shape[:-2])).shape == shape[:-2]
+    for function in ANSWERS:
+        with pytest.raises(errors.ShapeError, match="must not be empty"):
+            function(empty)

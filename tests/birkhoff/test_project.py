@@ -13,7 +13,7 @@ import pytest
 import birkhoff
 from birkhoff import Status, reference
 from birkhoff._project import matrix
-from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
+from birkhoff.solvers import Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog
 from tests.backends import BACKENDS, Backend, to_numpy
 
 
@@ -78,6 +78,17 @@ def test_devices_without_double_precision(device: str, rng: Any) -> None:
 def test_status_without_a_tolerance_judges_the_matrix(rng: Any) -> None:
     easy, hard = np.eye(3), 60.0 * np.triu(np.ones((3, 3)))
     assert birkhoff.project(np.stack([easy, hard])).status.tolist() == [Status.converged, Status.max_iters_reached]
+
+
+def test_the_damping_is_allowed_for(rng: Any) -> None:
+    """Sums end eps_den below one, in float64 too: that is convergence, and a failure to converge still shows."""
+    for eps in (1e-6, 1e-3, 0.2):
+        solver = SinkhornDamped(num_iters=300, eps_den=eps)
+        result = birkhoff.project(rng.normal(size=(50, 4, 4)), solver)
+        assert (result.status == Status.converged).all()
+        assert abs(result.row_error.max() - eps) <= 1e-12 and abs(result.column_error.max() - eps) <= 1e-12
+    slow = birkhoff.project(4.0 * np.triu(np.ones((3, 3))), SinkhornDamped(num_iters=2))
+    assert Status(int(slow.status)) is Status.max_iters_reached
 
 
 def test_precision_is_obeyed(rng: Any) -> None:

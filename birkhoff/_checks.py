@@ -1,0 +1,37 @@
+"""What every function asks of an array of matrices, in one place: real floating, and square in its last two axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from birkhoff import _xp
+from birkhoff.errors import DtypeError, OptionError, ShapeError
+
+__all__ = ["check_solver", "square_matrices"]
+
+
+def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
+    """The namespace of a batch of square matrices ``(..., n, n)``, or the error that says what is wrong with it.
+
+    With ``nonempty`` n must be at least 1: a function that answers a question about a matrix has no answer for n = 0,
+    whereas one that maps matrices to matrices returns the empty array.
+    """
+    xp = _xp.array_namespace(array)
+    if not _xp.is_floating(array.dtype):
+        raise DtypeError(
+            f"{name} must be real floating (bfloat16, float16, float32, float64), got {_xp.dtype_name(array.dtype)}; "
+            "convert with astype"
+        )
+    shape = tuple(array.shape)
+    if len(shape) < 2 or shape[-1] != shape[-2] or (nonempty and shape[-1] == 0):
+        raise ShapeError(
+            f"{name} must have shape (..., n, n), got {shape}; the last two axes hold the square matrix"
+            f"{', which must not be empty' if nonempty else ''}, all others are batch axes"
+        )
+    return xp
+
+
+def check_solver(solver: Any) -> None:
+    """Raise for what is not a value of :mod:`birkhoff.solvers`, a class of them included."""
+    if isinstance(solver, type) or not hasattr(solver, "method"):
+        raise OptionError(f"solver must be a value of birkhoff.solvers, such as SinkhornKnopp(), got {solver!r}")
