@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection
+from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, reference
 from mhc_layers._boundary_ops import BOUNDARY_BACKWARD, BOUNDARY_FORWARD, boundary
 from mhc_layers._fused_state import FusedState, SiteParams
 from mhc_layers._torch_ops import Post, Pre, fused_site
@@ -168,24 +168,86 @@ def test_compiles_without_a_break() -> None:
         torch.testing.assert_close(got, expected)
 
 
+SHAPES = [(4, 1280, 130), (4, 1000, 7), (3, 333, 17), (2, 1001, 33), (6, 256, 20), (4, 90, 1)]
+
+
+@pytest.mark.parametrize("convention", [PAPER, DEEPSEEK_V41], ids=lambda convention: convention.name)
+@pytest.mark.parametrize(("n", "c", "m"), SHAPES[1:4])
+def test_gradients_of_the_gates_err_by_the_rounding_of_their_terms(
+    n: int, c: int, m: int, convention: Convention
+) -> None:
+    sites = make_sites(n, c, convention)
+    x, fs = make_inputs(sites, (m,), torch.bfloat16)
+    check_gates(sites, x, fs, gradients(walk(sites, x, fs, True), gates_of(sites)), GATES_OF_FLOAT64)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda convention: convention.name)
-@pytest.mark.parametrize(
-    ("n", "c", "m"), [(4, 1280, 130), (4, 1000, 7), (3, 333, 17), (2, 1001, 33), (6, 256, 20), (4, 90, 1)]
-)
+@pytest.mark.parametrize(("n", "c", "m"), SHAPES)
 def test_boundary_on_the_gpu_equals_the_separate_steps(n: int, c: int, m: int, convention: Convention) -> None:
     """bf16 streams: the stored streams are the same bits where both round alike, gradients agree within rounding."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     sites = make_sites(n, c, convention, device="cuda")
     x, fs = make_inputs(sites, (m,), torch.bfloat16)
-    leaves = [x, *fs, *(parameter for site in sites for parameter in site.parameters())]
     separate, fused = walk(sites, x, fs, False), walk(sites, x, fs, True)
     for got, expected in zip(fused, separate, strict=True):
         assert relative(got, expected) < 1e-3  # a few values round the other way: fp32 sums in another order
-    for got, expected in zip(gradients(fused, leaves), gradients(separate, leaves), strict=True):
+    gates = gates_of(sites)
+    leaves = [x, *fs, *(parameter for site in sites for parameter in (site.phi, site.bias)), *gates]
+    ours, theirs = gradients(fused, leaves), gradients(separate, leaves)
+    for got, expected in zip(ours[: -len(gates)], theirs[: -len(gates)], strict=True):
         assert relative(got, expected) < 4e-3
+    check_gates(sites, x, fs, ours[-len(gates) :], GATES_OF_FLOAT64)
+    check_gates(sites, x, fs, theirs[-len(gates) :], GATES_OF_FLOAT64)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
+
+
+#: Error of a gate's gradient over the sum of the absolute values of its terms; bfloat16 rounds to 2^-9 = 2e-3, and each
+#: term is itself an inner product over channels of rounded values, so that one term alone (M = 1) may err by more.
+GATES_OF_FLOAT64 = 1.2e-2
+
+
+def gates_of(sites: list[HyperConnection]) -> list[Tensor]:
+    return [gate for site in sites for gate in (site.alpha_pre, site.alpha_post, site.alpha_res)]
+
+
+def check_gates(sites: list[HyperConnection], x: Tensor, fs: list[Tensor], got: list[Tensor], tolerance: float) -> None:
+    """The gradient of a gate is a sum over tokens and coefficients whose terms cancel, up to a hundredfold.
+
+    A relative error of the sum says little: the steps of a site one by one err by 57 percent of it at one of these
+    shapes. The rounding of the terms bounds the error relative to the sum of their absolute values.
+    """
+    for value, terms in zip(got, gate_terms(sites, x, fs), strict=True):
+        if terms is not None:
+            assert abs(float(value) - float(terms.sum())) <= tolerance * float(terms.abs().sum())
+
+
+def gate_terms(sites: list[HyperConnection], x: Tensor, fs: list[Tensor]) -> list[Tensor | None]:
+    """Float64: gradients of the gates of :func:`walk`, each as its terms, one for a token and a coefficient."""
+    m, n = x.shape[:2]
+    delayed = sites[0].convention.read_delay
+    streams, outputs, gates = x.detach().double(), [], []
+    h_read = torch.eye(n, dtype=torch.float64, device=x.device)[0].expand(m, n)
+    for site, f in zip(sites, fs, strict=True):
+        alphas = tuple(
+            gate.detach().double().expand(m, count).clone().requires_grad_()
+            for gate, count in zip(gates_of([site]), (n, n, n * n), strict=True)
+        )
+        maps = reference.coefficients(streams, site.phi.double(), site.bias.double(), alphas, site.convention)
+        outputs.append(reference.read(streams, h_read if delayed else maps.h_pre))
+        streams = reference.eq3_next_streams(streams, f.detach().double(), maps.h_res, maps.h_post)
+        h_read = maps.h_pre
+        gates += alphas
+    outputs += [streams, h_read]
+    generator = torch.Generator(device=x.device).manual_seed(7)
+    kept = [x.dtype] * (len(outputs) - 1) + [torch.float32]
+    seeds = [
+        torch.randn(o.shape, generator=generator, device=o.device).to(dtype).double()
+        for o, dtype in zip(outputs, kept, strict=True)
+    ]
+    used = [pair for pair in zip(outputs, seeds, strict=True) if pair[0].requires_grad]
+    return list(torch.autograd.grad([o for o, _ in used], gates, [s for _, s in used], allow_unused=True))
