@@ -90,6 +90,22 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     )
 
 
+def test_inputs_may_begin_anywhere() -> None:
+    """Kernels copy 16 bytes at a time; a contiguous input may begin at any element."""
+    site = Site(4, 256, 20)
+    expected = boundary.boundary_forward(site.x, site.f, site.coef, site.phi)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = tensor.new_empty(tensor.numel() + 1)
+        buffer[1:] = tensor.flatten()
+        return buffer[1:].view_as(tensor)
+
+    for got, want in zip(
+        boundary.boundary_forward(*map(shifted, (site.x, site.f, site.coef, site.phi))), expected, strict=True
+    ):
+        assert torch.equal(got, want)
+
+
 def test_no_tokens() -> None:
     site = Site(4, 256, 0)
     out, slabs, squares = boundary.boundary_forward(site.x, site.f, site.coef, site.phi)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from birkhoff.kernels.cuda.launcher import DriverKernel
+from birkhoff.kernels.cuda.launcher import DriverKernel, PreparedLaunch
 
 __all__ = ["Kernel", "Module", "available", "load"]
 
@@ -34,6 +34,11 @@ class Kernel(Protocol):
         self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
     ) -> None:
         """Launch on the current stream of the library that owns the array arguments; returns at once."""
+
+    def prepare(
+        self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
+    ) -> PreparedLaunch:
+        """Everything of a launch but the addresses (None among the arguments) and the stream."""
 
 
 class Module(Protocol):

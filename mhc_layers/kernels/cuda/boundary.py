@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from birkhoff.kernels.cuda.compiler import Kernel
-from mhc_layers.kernels.cuda.launch import kernels, refuse, token_splits
+from birkhoff.kernels.cuda.launcher import PreparedLaunch
+from mhc_layers.kernels.cuda.launch import kernels, refuse, start, token_splits
 
 __all__ = ["applies", "boundary_forward", "boundary_read_forward"]
 
@@ -34,13 +34,17 @@ def _shared_bytes(num_streams: int, delayed: bool) -> int:
     return 2 * _WARPS * n * jt * 32 * 16 + 2 * stage + 2 * _WARPS * _TOKENS * (8 * jt + 2) * 4
 
 
-@functools.lru_cache(maxsize=256)
-def _prepare(num_streams: int, dim: int, delayed: bool, device: int) -> tuple[Kernel, int]:
-    """Compiled code for one kind of boundary on one device, and the bytes of shared memory of its blocks."""
+@functools.lru_cache(maxsize=1024)
+def _prepare(num_tokens: int, num_streams: int, dim: int, delayed: bool, device: int) -> PreparedLaunch:
+    """The launch of one kind of boundary on one device, but for its tensors."""
     shared = _shared_bytes(num_streams, delayed)
     macros = (f"-DSHARED_BYTES={shared}", *(("-DDELAYED",) if delayed else ()))
-    module = kernels("boundary", num_streams, dim, macros, device)
-    return module.function("boundary_forward_kernel"), shared
+    kernel = kernels("boundary", num_streams, dim, macros, device).function("boundary_forward_kernel")
+    groups = -(-dim // _BLOCK_C)
+    splits = token_splits(num_tokens, _TOKENS, groups, 3, device)
+    arguments = (*[None] * 8, np.int32(num_tokens))
+    with torch.cuda.device(device):
+        return kernel.prepare((groups, splits), (32 * _WARPS,), arguments, shared_bytes=shared)
 
 
 def _launch(x: Tensor, f: Tensor, coef: Tensor, phi: Tensor, delayed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,16 +54,8 @@ def _launch(x: Tensor, f: Tensor, coef: Tensor, phi: Tensor, delayed: bool) -> t
     out, u = torch.empty_like(x), torch.empty_like(f) if delayed else f
     slabs = torch.empty((groups, m, big_n), dtype=torch.float32, device=x.device)
     squares = torch.empty((groups, m), dtype=torch.float32, device=x.device)
-    if m == 0:
-        return out, u, slabs, squares
-    kernel, shared = _prepare(n, c, delayed, x.get_device())
-    splits = token_splits(m, _TOKENS, groups, 3, x.get_device())
-    kernel(
-        (groups, splits),
-        (32 * _WARPS,),
-        (x, f, coef, phi, out, u, slabs, squares, np.int32(m)),
-        shared_bytes=shared,
-    )
+    if m:
+        start(_prepare(m, n, c, delayed, x.get_device()), x, f, coef, phi, out, u, slabs, squares)
     return out, u, slabs, squares
 
 

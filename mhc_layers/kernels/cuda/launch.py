@@ -7,13 +7,15 @@ a new batch size never compiles anything. Sources lie beside this file.
 from __future__ import annotations
 
 import functools
+import operator
 from pathlib import Path
 
 import torch
 
 from birkhoff.kernels.cuda import compiler
+from birkhoff.kernels.cuda.launcher import PreparedLaunch
 
-__all__ = ["SHARED_BYTES_LIMIT", "kernels", "refuse", "token_splits"]
+__all__ = ["SHARED_BYTES_LIMIT", "kernels", "refuse", "start", "token_splits"]
 
 #: Shared memory of a block on compute capability 9.0 and above.
 SHARED_BYTES_LIMIT = 232448
@@ -31,6 +33,23 @@ def kernels(name: str, num_streams: int, dim: int, macros: tuple[str, ...], devi
     options = (f"-DNUM_STREAMS={num_streams}", f"-DDIM={dim}", *macros)
     with torch.cuda.device(device):
         return compiler.load(_source(name), options)
+
+
+def start(launch: PreparedLaunch, *tensors: torch.Tensor) -> None:
+    """Launch on the current stream of the tensors' device.
+
+    Kernels copy 16 bytes at a time, so an input that begins elsewhere is copied first; outputs must not.
+    """
+    index = tensors[0].get_device()
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            start(launch, *tensors)
+        return
+    addresses = tuple(map(torch.Tensor.data_ptr, tensors))
+    if functools.reduce(operator.or_, addresses) & 15:
+        tensors = tuple(tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in tensors)
+        addresses = tuple(map(torch.Tensor.data_ptr, tensors))
+    launch(addresses, torch._C._cuda_getCurrentRawStream(index))
 
 
 @functools.lru_cache(maxsize=64)
