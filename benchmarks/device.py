@@ -94,14 +94,30 @@ def time_calls(calls: Sequence[Callable[[], Any]], *, graph: bool = True, budget
             for call in calls:
                 call()
     except Exception as error:
-        with contextlib.suppress(Exception):
-            torch.cuda.synchronize()
-        return Times(called, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        _recover_from_failed_capture()
+        return Times(called, None, _first_cause(error))
 
     def replay(index: int) -> None:
         captured.replay()
 
     return Times(called, _median_us(replay, _repeats(replay, budget_ms)) / len(calls))
+
+
+def _first_cause(error: BaseException) -> str:
+    """Name the error that came first: leaving a failed capture raises another one over it."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _recover_from_failed_capture() -> None:
+    """Give the generator a state that is not waiting for a capture to end; all that follows would fail otherwise."""
+    with contextlib.suppress(Exception):
+        torch.cuda.synchronize()
+    with contextlib.suppress(Exception):
+        fresh = torch.Generator(device="cuda")
+        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def measure_memory(forward: Callable[[], Any], backward: Callable[[Any], Any], outputs: int) -> Memory:
@@ -148,9 +164,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """Describe hardware, versions, commit and date of a report."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+def _commit() -> str | None:
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        if len(found) == 40:
+            clean = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True, check=False)
+            return found if clean.returncode == 0 else f"{found} with uncommitted changes"
+    return None
+
+
+def machine(packages: Sequence[str], commit: str | None = None) -> dict[str, Any]:
+    """Describe hardware, versions, commit and date of a report; ``commit`` is for a tree without its git folder."""
     versions = {name: version for name in packages if (version := _version(name)) is not None}
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -158,5 +182,5 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit if len(commit) == 40 else None,
+        "commit": commit or _commit(),
     }

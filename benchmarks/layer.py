@@ -1,33 +1,33 @@
 """One mHC site, everything but its sublayer: ours and every peer in one run, correctness before any time.
 
-``python -m benchmarks layer --shapes 16384x4096`` measures, per implementation, read and write alone, one site forward
-and backward (as called and in a CUDA graph), the same per site of a chain of sites, and memory. E = M C 2 bytes is one
-bfloat16 stream; at n = 4 a site forward and backward must move 29 E if each tensor is touched once.
+``python -m benchmarks layer --shapes 16384x4096`` measures, per implementation, read, write and forward alone, one site
+forward and backward (as called and in a CUDA graph), the same per site of a chain of sites, and memory. E = M C 2 bytes
+is one bfloat16 stream; at n = 4 a site forward and backward must move 29 E if each tensor is touched once.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import json
+import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.device import Times, copy_rate, free, machine, measure_memory, time_calls
-from benchmarks.layer_peers import PEERS, Parameters, Peer
+from benchmarks.device import copy_rate, free, machine
+from benchmarks.layer_kernels import measure_kernels
+from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows, survives
+from benchmarks.layer_peers import PEERS, Peer
 from benchmarks.layer_report import markdown, plot
-from mhc_layers import PAPER, HyperConnection
-from mhc_layers import reference as oracle
-from mhc_layers.kernels.table import explain, restricted_to
 
-__all__ = ["floors", "main"]
+__all__ = ["PACKAGES", "main"]
 
 PACKAGES = (
     "torch",
@@ -39,278 +39,93 @@ PACKAGES = (
     "liger-kernel",
     "transformers",
 )
-_STRICT = (1.8e-3, 1.8e-3, 1e-4)
 
-
-def floors(n: int) -> dict[str, int]:
-    """How many streams E each step must move, each tensor once: read, write, forward, and forward with backward."""
-    return {"pre": n + 1, "post": 2 * n + 1, "forward": 3 * n + 2, "both": 6 * n + 5}
-
-
-class OurSite:
-    """A :class:`mhc_layers.HyperConnection` behind the peers' interface."""
-
-    def __init__(self, parameters: Parameters, num_streams: int, implementation: str, compiled: bool) -> None:
-        dim = parameters.phi.shape[1] // num_streams
-        self.site = HyperConnection(
-            dim, num_streams, convention=PAPER, implementation=implementation, device=parameters.phi.device
-        )
-        site = self.site
-        with torch.no_grad():
-            site.phi.copy_(parameters.phi)
-            site.bias.copy_(parameters.bias)
-            for gate, value in zip((site.alpha_pre, site.alpha_post, site.alpha_res), parameters.alpha, strict=True):
-                gate.copy_(value)
-        self.leaves = [site.phi, site.alpha_pre, site.alpha_post, site.alpha_res, site.bias]
-        self.pre = torch.compile(site.pre, dynamic=False) if compiled else site.pre
-        self.post = torch.compile(site.post, dynamic=False) if compiled else site.post
-
-    def library_gradients(self, gradients: list[Tensor]) -> Parameters:
-        phi, pre, post, res, bias = gradients
-        return Parameters(phi, torch.stack([pre, post, res]), bias)
-
-
-def _ours(
-    name: str,
-    implementation: str,
-    note: str,
-    *,
-    compiled: bool = False,
-    strict: bool = True,
-    rows: tuple[str, ...] = (),
-) -> Peer:
-    def make(parameters: Parameters, num_streams: int) -> OurSite:
-        return OurSite(parameters, num_streams, implementation, compiled)
-
-    return Peer(name, make, PAPER, note, (), _STRICT if strict else Peer.gate, rows)
-
-
-OURS: tuple[Peer, ...] = (
-    _ours("ours, fused", "fused", "CUDA C++ where it applies, Triton elsewhere; boundaries fused in a chain"),
-    _ours("ours, fused, all Triton", "fused", "no CUDA C++", rows=("triton", "plain")),
-    _ours("ours, plain torch", "functional", "mhc_layers.functional", strict=False),
-    _ours("ours, plain torch, compiled", "functional", "the same under torch.compile", compiled=True, strict=False),
+#: in order of importance: every shape is measured for the names of one group before the next group starts
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("ours, fused", "TileKernels"),
+    ("torch.compile, bf16 GEMM", "Liger", "transformers DeepSeek-V4"),
+    ("ours, fused, all Triton",),
+    ("eager, fp32", "ours, plain torch", "ours, plain torch, compiled"),
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """One set of tensors: streams, sublayer output, and the gradients of u and of the next streams."""
-
-    x: Tensor
-    f: Tensor
-    gu: Tensor
-    gx: Tensor
-
-    @classmethod
-    def random(cls, m: int, n: int, c: int, seed: int) -> Inputs:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
-
-        return cls(normal(m, n, c).requires_grad_(), normal(m, c).requires_grad_(), normal(m, c), normal(m, n, c))
+SHAPES = ((16384, 4096), (16384, 1280), (16384, 7168), (4096, 1280), (4096, 4096))
+_IMPLEMENTATIONS = {peer.name: peer for peer in (*OURS, *PEERS)}
 
 
-def random_parameters(n: int, c: int) -> Parameters:
-    """Parameters that make every term of the gradients count; phi is not representable in bfloat16."""
-    generator = torch.Generator(device="cuda").manual_seed(1000)
-    phi = torch.randn(n * (n + 2), n * c, device="cuda", generator=generator) / (n * c) ** 0.5
-    bias = 0.5 * torch.randn(n * (n + 2), device="cuda", generator=generator)
-    return Parameters(phi, torch.tensor([0.8, 1.1, 0.9], device="cuda"), bias)
+def compile_ahead(shapes: list[tuple[int, int]], n: int, names: list[str], jobs: int, seconds: float) -> str:
+    """Compile in parallel processes, so that the measuring process finds everything in the caches on disk.
+
+    Returns what happened in a sentence. A failure here is no error: the measurement meets it again and reports it.
+    """
+    work = [(name, shape) for name in names if _IMPLEMENTATIONS[name].builds for shape in shapes]
+    work.sort(key=lambda item: item[0] != "TileKernels")  # the slowest first
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
+    stop = time.monotonic() + seconds
+
+    def job(item: tuple[str, tuple[int, int]]) -> int:
+        name, (m, c) = item
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "layer", "--compile-only"]
+        command += ["--names", name, "--shapes", f"{m}x{c}", "--streams", str(n)]
+        left = stop - time.monotonic()
+        if left <= 0:
+            return -1
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            return -1
+        return done.returncode
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = list(pool.map(job, work))
+    return f"{codes.count(0)} of {len(codes)} jobs compiled ahead, {time.monotonic() - start:.0f} s"
 
 
-def _site_gradients(runner: Any, inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
-    u, state = runner.pre(inputs.x)
-    x_next = runner.post(inputs.x, inputs.f, state)
-    gradients = torch.autograd.grad([u, x_next], [inputs.x, inputs.f, *runner.leaves], [inputs.gu, inputs.gx])
-    return u, x_next, list(gradients)
-
-
-def errors(runner: Any, peer: Peer, parameters: Parameters, inputs: Inputs) -> dict[str, float]:
-    """Relative Frobenius errors against float64 autograd of the same convention."""
-    u, x_next, gradients = _site_gradients(runner, inputs)
-    exact = parameters.double()
-    x, f = inputs.x.detach().double().requires_grad_(), inputs.f.detach().double().requires_grad_()
-    h_pre, h_post, h_res = oracle.coefficients(x, exact.phi, exact.bias, tuple(exact.alpha), peer.convention)
-    exact_u, exact_next = oracle.read(x, h_pre), oracle.eq3_next_streams(x, f, h_res, h_post)
-    expected = torch.autograd.grad(
-        [exact_u, exact_next], [x, f, exact.phi, exact.alpha, exact.bias], [inputs.gu.double(), inputs.gx.double()]
-    )
-    ours = runner.library_gradients(gradients[2:])
-    pairs = {
-        "u": (u, exact_u),
-        "x_next": (x_next, exact_next),
-        "gx": (gradients[0], expected[0]),
-        "gf": (gradients[1], expected[1]),
-        "gphi": (ours.phi, expected[2]),
-        "galpha": (ours.alpha, expected[3]),
-        "gbias": (ours.bias, expected[4]),
-    }
-    return {
-        name: float((got.detach().double() - want.detach()).norm() / want.detach().norm())
-        for name, (got, want) in pairs.items()
-    }
-
-
-def gate(peer: Peer, found: dict[str, float]) -> str | None:
-    """Return what is too inaccurate to be timed, or None."""
-    outputs, streams, phi = peer.gate
-    limits = {"u": outputs, "x_next": outputs, "gx": streams, "gf": streams, "gphi": phi}
-    failed = [f"{name} {found[name]:.1e} > {limit:.1e}" for name, limit in limits.items() if not found[name] <= limit]
-    return "; ".join(failed) or None
-
-
-class Chain:
-    """Sites in depth order with fixed sublayer outputs, so that only the connections run."""
-
-    def __init__(self, make: Callable[[], Any], length: int, inputs: Inputs, fused: bool) -> None:
-        self._runners, self._fused = [make() for _ in range(length)], fused
-        self._x, self._gx = inputs.x, inputs.gx
-        self._f = [torch.randn_like(inputs.f).requires_grad_() for _ in range(length)]
-        self._gu = [torch.randn_like(inputs.gu) for _ in range(length)]
-        self._leaves = [self._x, *self._f, *(leaf for runner in self._runners for leaf in runner.leaves)]
-
-    def forward(self) -> list[Tensor]:
-        """Run the chain; returns what each site read, then the last streams."""
-        runners, x = self._runners, self._x
-        u, state = runners[0].pre(x)
-        reads = [u]
-        for runner, following, f in zip(runners, runners[1:], self._f, strict=False):
-            if self._fused:
-                x, u, state = runner.site.boundary(x, f, state, following.site)
-            else:
-                x = runner.post(x, f, state)
-                u, state = following.pre(x)
-            reads.append(u)
-        return [*reads, runners[-1].post(x, self._f[-1], state)]
-
-    def backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of every leaf, from fixed gradients of the outputs."""
-        return torch.autograd.grad(outputs, self._leaves, [*self._gu, self._gx])
-
-    def both(self) -> None:
-        """Forward, then backward."""
-        self.backward(self.forward())
-
-
-def _times_row(times: Times) -> dict[str, Any]:
-    return {"called_us": times.called, "graph_us": times.graph, "graph_refused": times.refused}
-
-
-def measure(peer: Peer, n: int, c: int, inputs: list[Inputs], chain: int) -> dict[str, Any]:
-    """Check one implementation, then time it; a failed check leaves the times out."""
-    m = inputs[0].x.shape[0]
-    row: dict[str, Any] = {"name": peer.name, "note": peer.note, "convention": peer.convention.name}
-    if (reason := peer.refuse()) is not None:
-        return row | {"skipped": reason}
-    parameters = random_parameters(n, c)
-    runner = peer.make(parameters, n)
-    small = Inputs.random(min(m, 1024), n, c, seed=77)
-    if hasattr(runner, "site") and peer.gate == _STRICT:
-        row["leaves"] = {
-            name: getattr(getattr(found, "row", None), "name", None) for name, found in explain(inputs[0].x).items()
-        }
-    row["errors"] = errors(runner, peer, parameters, small)
-    del small
-    free()
-    if (failed := gate(peer, row["errors"])) is not None:
-        return row | {"skipped": f"failed the gate: {failed}"}
-
-    with torch.no_grad():
-        states = [runner.pre(each.x)[1] for each in inputs]
-        row["pre"] = _times_row(time_calls([lambda each=each: runner.pre(each.x) for each in inputs]))
-        row["post"] = _times_row(
-            time_calls(
-                [lambda each=each, s=s: runner.post(each.x, each.f, s) for each, s in zip(inputs, states, strict=True)]
-            )
-        )
-        del states
-    row["both"] = _times_row(time_calls([lambda each=each: _site_gradients(runner, each) for each in inputs]))
-    first = inputs[0]
-
-    def forward() -> tuple[Tensor, Tensor]:
-        u, state = runner.pre(first.x)
-        return u, runner.post(first.x, first.f, state)
-
-    def backward(outputs: tuple[Tensor, Tensor]) -> Any:
-        return torch.autograd.grad(outputs, [first.x, first.f, *runner.leaves], [first.gu, first.gx])
-
-    stream = m * c * 2
-    row["memory"] = dataclasses.asdict(measure_memory(forward, backward, (n + 1) * stream))
-    if chain and hasattr(runner, "site") and peer.gate == _STRICT:
-        row["chain"] = _measure_chain(peer, parameters, n, inputs, chain)
+def _row(peer: Peer, n: int, c: int, inputs: list[Inputs], chain: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": peer.name, "note": peer.note}
+    with survives(row), rows(peer):
+        row = measure(peer, n, c, inputs, chain)
     return row
-
-
-def _measure_chain(peer: Peer, parameters: Parameters, n: int, inputs: list[Inputs], length: int) -> dict[str, Any]:
-    """Per site of a chain: fused boundaries and separate steps."""
-    m, _, c = inputs[0].x.shape
-    result: dict[str, Any] = {"length": length}
-    for name, fused in (("fused", True), ("separate", False)):
-        sites = Chain(lambda: peer.make(parameters, n), length, inputs[0], fused)
-
-        def forward_only(sites: Chain = sites) -> None:
-            with torch.no_grad():
-                sites.forward()
-
-        forward, both = time_calls([forward_only]), time_calls([sites.both])
-        memory = measure_memory(sites.forward, sites.backward, length * (n + 1) * m * c * 2)
-        result[name] = {
-            "forward": _per_site(forward, length),
-            "both": _per_site(both, length),
-            "kept_per_site": memory.kept / length,
-            "peak": memory.peak,
-        }
-        del sites
-        free()
-    return result
-
-
-def _per_site(times: Times, length: int) -> dict[str, Any]:
-    graph = None if times.graph is None else times.graph / length
-    return {"called_us": times.called / length, "graph_us": graph, "graph_refused": times.refused}
-
-
-@contextlib.contextmanager
-def _survives(row: dict[str, Any]) -> Iterator[None]:
-    """Turn an implementation's failure into its row, so that the run goes on."""
-    try:
-        yield
-    except Exception as error:
-        row["skipped"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
 
 
 def run(
     shapes: list[tuple[int, int]],
     n: int,
-    names: list[str] | None,
+    names: list[str],
     chain: int,
-    save: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Measure every implementation at every shape; ``save`` gets the report after each, so that a stop loses one."""
-    rate = copy_rate()
-    report: dict[str, Any] = {"machine": machine(PACKAGES), "copy_bytes_per_second": rate, "streams": n, "shapes": []}
+    seconds: float,
+    report: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Measure every implementation at every shape into ``report``; ``save`` is called after each row.
+
+    No row starts after ``seconds``; those that were not reached are named.
+    """
+    stop = time.monotonic() + seconds
+    rate = report["copy_bytes_per_second"] = copy_rate()
+    by_shape: dict[tuple[int, int], dict[str, Any]] = {}
     for m, c in shapes:
-        stream = 2 * m * c
-        floor_us = {step: count * stream / rate * 1e6 for step, count in floors(n).items()}
-        inputs = [Inputs.random(m, n, c, seed) for seed in range(2 if stream * (n + 1) > 3e7 else 6)]
-        shape: dict[str, Any] = {"tokens": m, "dim": c, "floor_us": floor_us, "rows": []}
-        report["shapes"].append(shape)
-        for peer in (*OURS[:2], *PEERS, *OURS[2:]):
-            if names and peer.name not in names:
-                continue
-            row: dict[str, Any] = {"name": peer.name, "note": peer.note}
-            with _survives(row), restricted_to(*peer.rows) if peer.rows else contextlib.nullcontext():
-                row = measure(peer, n, c, inputs, chain)
-            shape["rows"].append(row)
-            save(report)
-            print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)
+        floor_us = {step: count * 2 * m * c / rate * 1e6 for step, count in floors(n).items()}
+        by_shape[m, c] = {"tokens": m, "dim": c, "floor_us": floor_us, "rows": []}
+        report["shapes"].append(by_shape[m, c])
+    for group in GROUPS:
+        for m, c in shapes:
+            inputs: list[Inputs] = []
+            for name in (name for name in group if name in names):
+                if time.monotonic() > stop:
+                    by_shape[m, c]["rows"].append({"name": name, "skipped": f"not reached in {seconds:.0f} s"})
+                    continue
+                # sets that together exceed the L2 cache
+                inputs = inputs or [Inputs.random(m, n, c, seed) for seed in range(2 if m * c > 1e7 else 4)]
+                row = _row(_IMPLEMENTATIONS[name], n, c, inputs, chain)
+                by_shape[m, c]["rows"].append(row)
+                save()
+                print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)
+                free()
+                torch.compiler.reset()
+            del inputs
             free()
-            torch.compiler.reset()
-        del inputs
-        free()
-    return report
+    save()
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -320,32 +135,61 @@ def _shape(text: str) -> tuple[int, int]:
     return int(tokens), int(dim)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run ``python -m benchmarks layer``."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks layer", description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", type=_shape, nargs="+", default=[(16384, 4096)], help="TOKENSxDIM ...")
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=list(SHAPES), help="TOKENSxDIM ...")
     parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--names", nargs="+", help="only these implementations")
-    parser.add_argument("--chain", type=int, default=6, help="sites of the chain; 0 leaves it out")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--names", nargs="+", choices=list(_IMPLEMENTATIONS), help="only these implementations")
+    parser.add_argument("--chain", type=int, default=8, help="sites of the longer chain; 0 leaves chains out")
+    parser.add_argument("--kernels", action="store_true", help="also time each kernel alone against its own bytes")
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no row later than this")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
+    parser.add_argument("--compile-only", action="store_true", help="fill the caches on disk, measure nothing")
+    parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
+    parser.add_argument("--json", type=Path, help="write the report here, after every row")
+    parser.add_argument("--markdown", type=Path, help="write the tables here, after every row")
     parser.add_argument("--plot", type=Path, help="write a figure here (needs matplotlib)")
     parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``python -m benchmarks layer``."""
+    arguments = _parser().parse_args(argv)
+    names = arguments.names or list(_IMPLEMENTATIONS)
     if arguments.from_json is not None:
         report = json.loads(arguments.from_json.read_text())
     elif not torch.cuda.is_available():
         print("benchmarks layer needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
+    elif arguments.compile_only:
+        for name in names:
+            with rows(_IMPLEMENTATIONS[name]):
+                for m, c in arguments.shapes:
+                    compile_only(_IMPLEMENTATIONS[name], arguments.streams, c, m)
+        return 0
     else:
-        command = shlex.join(["python", "-m", "benchmarks", "layer", *(sys.argv[1:] if argv is None else argv)])
+        report = {"machine": machine(PACKAGES, arguments.commit), "streams": arguments.streams, "shapes": []}
+        report["command"] = shlex.join(
+            ["python", "-m", "benchmarks", "layer", *(sys.argv[1:] if argv is None else argv)]
+        )
+        start = time.monotonic()
+        if arguments.jobs:
+            done = compile_ahead(arguments.shapes, arguments.streams, names, arguments.jobs, arguments.seconds / 2)
+            print(done, file=sys.stderr, flush=True)
 
-        def save(report: dict[str, Any]) -> None:
-            report["command"] = command
+        def save() -> None:
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            if arguments.markdown is not None:
+                arguments.markdown.write_text(markdown(report))
 
-        report = run(arguments.shapes, arguments.streams, arguments.names, arguments.chain, save)
+        left = arguments.seconds - (time.monotonic() - start)
+        run(arguments.shapes, arguments.streams, names, arguments.chain, left, report, save)
+        if arguments.kernels:
+            for shape in report["shapes"]:
+                shape["kernels"] = measure_kernels(shape["tokens"], arguments.streams, shape["dim"])
+                save()
     text = markdown(report)
     print(text)
     if arguments.markdown is not None:

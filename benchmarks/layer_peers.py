@@ -66,6 +66,8 @@ class Peer:
     gate: tuple[float, float, float] = (5e-3, 1.5e-2, 2e-2)
     #: rows of the table of leaves that it may use; all if empty
     rows: tuple[str, ...] = ()
+    #: whether its first call compiles, so that compiling ahead in another process saves time
+    builds: bool = False
 
     def refuse(self) -> str | None:
         """Name the missing package, or return None."""
@@ -77,7 +79,7 @@ class TileKernels:
     """TileKernels 1.0.0: phi rounded to TF32, one read for the projection and one for u."""
 
     def __init__(self, parameters: Parameters, num_streams: int) -> None:
-        if importlib.util.find_spec("tilelang.utils.target") is None:  # its name until tilelang moved it
+        if importlib.util.find_spec("tilelang.utils.target") is None:  # what TileKernels 1.0.0 imports it by
             sys.modules["tilelang.utils.target"] = importlib.import_module("tilelang.backend.target")
         from tile_kernels.modeling.mhc import functional
 
@@ -202,8 +204,15 @@ _LIGER_CONVENTION = Convention(
 )
 
 PEERS: tuple[Peer, ...] = (
-    Peer("TileKernels", TileKernels, DEEPSEEK_V4, "V4 convention; phi rounded to TF32", ("tile_kernels", "tilelang")),
-    Peer("Liger", Liger, _LIGER_CONVENTION, "rows first with epsilons; phi bf16", ("liger_kernel",)),
+    Peer(
+        "TileKernels",
+        TileKernels,
+        DEEPSEEK_V4,
+        "V4 convention; phi rounded to TF32",
+        ("tile_kernels", "tilelang"),
+        builds=True,
+    ),
+    Peer("Liger", Liger, _LIGER_CONVENTION, "rows first with epsilons; phi bf16", ("liger_kernel",), builds=True),
     Peer(
         "transformers DeepSeek-V4",
         Transformers,
@@ -216,6 +225,7 @@ PEERS: tuple[Peer, ...] = (
         lambda parameters, n: PlainTorch(parameters, torch.bfloat16, compiled=True),
         PAPER,
         "as the paper; x phi in bf16",
+        builds=True,
     ),
     Peer(
         "eager, fp32",

@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["best_us", "markdown", "plot"]
+from benchmarks.layer_bars import against_peers, best_us, judge
+from benchmarks.layer_peers import PEERS
 
-
-def best_us(times: dict[str, Any] | None) -> float | None:
-    """The smaller of the time as called and the time in a graph."""
-    if times is None:
-        return None
-    return min(value for value in (times["called_us"], times["graph_us"]) if value is not None)
+__all__ = ["markdown", "plot"]
 
 
 def _ratio(microseconds: float | None, floor: float) -> str:
@@ -32,27 +28,78 @@ def _speed(shape: dict[str, Any]) -> list[str]:
     for row in shape["rows"]:
         if "skipped" in row:
             continue
-        separate = row.get("chain", {}).get("separate", {}).get("both")
-        fused = row.get("chain", {}).get("fused", {})
+        both = row["both"]
+        graph = "-" if both["graph_us"] is None else _ratio(both["graph_us"], floor["both"])
         rows.append(
             [
                 row["name"],
                 _ratio(best_us(row["pre"]), floor["pre"]),
                 _ratio(best_us(row["post"]), floor["post"]),
-                _ratio(best_us(row["both"]), floor["both"]),
-                f"{row['both']['called_us'] / floor['both']:.2f} ({row['both']['called_us']:.0f})",
-                _ratio(best_us(separate), floor["both"]),
-                _ratio(best_us(fused.get("forward")), floor["forward"]),
-                _ratio(best_us(fused.get("both")), floor["both"]),
+                _ratio(best_us(row["forward"]), floor["forward"]),
+                graph,
+                _ratio(both["called_us"], floor["both"]),
             ]
         )
-    header = ["implementation", "read", "write", "fwd+bwd", "fwd+bwd as called"]
-    header += ["fwd+bwd, per site of a chain", "forward, fused boundaries", "fwd+bwd, fused boundaries"]
-    floor_row = [
-        "*floor, us*",
-        *(f"{floor[key]:.0f}" for key in ("pre", "post", "both", "both", "both", "forward", "both")),
-    ]
+    header = ["implementation", "read", "write", "forward", "fwd+bwd in a graph", "fwd+bwd as called"]
+    floor_row = ["*floor, us*", *(f"{floor[key]:.0f}" for key in ("pre", "post", "forward", "both", "both"))]
     return _table(header, [floor_row, *rows])
+
+
+def _chains(shape: dict[str, Any]) -> list[str]:
+    floor, rows, length = shape["floor_us"], [], 0
+    for row in shape["rows"]:
+        if "skipped" in row or "chain" not in row:
+            continue
+        length = row["chain"]["length"]
+        for how, words in (("separate", "separate steps"), ("fused", "fused boundaries")):
+            chain = row["chain"][how]
+            cells = [f"{row['name']}, {words}"]
+            for step in ("forward", "both"):
+                cells.append(_ratio(best_us(chain[step]), floor[step]))
+                cells.append(_ratio(chain[step]["site_us"], floor[step]))
+            rows.append([*cells, _ratio(chain["both"]["called_us"], floor["both"]), f"{chain['kept_per_site']:.0f}"])
+    if not rows:
+        return []
+    header = ["per site of a chain", "forward", "forward, without the ends", "fwd+bwd", "fwd+bwd, without the ends"]
+    header += ["fwd+bwd as called", "kept, bytes"]
+    text = f"Chains of {length} sites. Without the ends: what each site adds beyond a chain of {length // 2}."
+    return ["", text, "", *_table(header, rows)]
+
+
+def _kernels(shape: dict[str, Any], rate: float) -> list[str]:
+    if not shape.get("kernels"):
+        return []
+    stream, rows = 2 * shape["tokens"] * shape["dim"], []
+    for row in shape["kernels"]:
+        if "us" not in row:
+            rows.append([row["name"], row["row"], "-", row.get("skipped", "-")])
+        elif row["streams"] is None:
+            rows.append([row["name"], row["row"], "-", f"({row['us']:.0f})"])
+        else:
+            floor = row["streams"] * stream / rate * 1e6
+            rows.append([row["name"], row["row"], f"{row['streams']} E", _ratio(row["us"], floor)])
+    return ["", "Kernels alone, in a graph:", "", *_table(["kernel", "row", "bytes", "time / bytes (us)"], rows)]
+
+
+def _bars(report: dict[str, Any]) -> list[str]:
+    def number(value: float | None, unit: str) -> str:
+        if value is None:
+            return "-"
+        return (f"{value:.1e}" if 0 < value < 0.01 else f"{value:.2f}".rstrip("0").rstrip(".")) + unit
+
+    rows = []
+    for verdict in judge(report):
+        word = {True: "met", False: "**missed**", None: "not measured"}[verdict.met]
+        cells = [number(value, verdict.unit) for value in (verdict.value, verdict.bar, verdict.stretch)]
+        rows.append([verdict.what, *cells, word])
+    lines = ["## Bars", "", *_table(["bar", "measured", "bar", "stretch", ""], rows)]
+    lines += [
+        "",
+        "How many times longer a peer takes than ours with fused boundaries, forward and backward per site, best",
+    ]
+    lines[-1] += " of graph and as called; the last column: the fastest peer as called over one site of ours as called."
+    header = ["tokens x C", *(peer.name for peer in PEERS), "fastest peer, as called"]
+    return [*lines, "", *_table(header, against_peers(report))]
 
 
 def _accuracy(shape: dict[str, Any]) -> list[str]:
@@ -66,8 +113,11 @@ def _accuracy(shape: dict[str, Any]) -> list[str]:
         numbers = (
             ["-", "-"] if memory is None else [f"{memory['kept'] / tokens:.0f}", f"{memory['peak'] / stream:.1f} E"]
         )
-        rows.append([row["name"], row["convention"], *(f"{row['errors'][name]:.1e}" for name in names), *numbers])
-    return _table(["implementation", "convention", *names, "kept, bytes a token", "peak"], rows)
+        same = {True: "yes", False: "no", None: "-"}[row.get("same_bits")]
+        found = [f"{row['errors'][name]:.1e}" for name in names]
+        rows.append([row["name"], row["convention"], *found, same, *numbers])
+    header = ["implementation", "convention", *names, "same bits twice", "kept, bytes a token", "peak"]
+    return _table(header, rows)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -84,15 +134,19 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "A cell is time / floor (microseconds). Floors touch each tensor once at the copy rate: read n+1, write 2n+1, "
         "forward 3n+2, forward and backward 6n+5 streams E of M C 2 bytes; coefficients and phi are left out, which "
-        "makes the ratios stricter. Times are medians, by graph replay where that is the smaller.",
+        "makes the ratios stricter. Times are medians, by graph replay where that is the smaller, unless the column "
+        "says which.",
+        "",
+        *_bars(report),
     ]
     for shape in report["shapes"]:
-        lines += ["", f"## M = {shape['tokens']}, C = {shape['dim']}", "", *_speed(shape)]
+        lines += ["", f"## M = {shape['tokens']}, C = {shape['dim']}", "", *_speed(shape), *_chains(shape)]
         lines += [
             "",
             "Relative errors against float64 autograd of the same convention, and memory:",
             "",
             *_accuracy(shape),
+            *_kernels(shape, report["copy_bytes_per_second"]),
         ]
         skipped = [f"- {row['name']}: {row['skipped']}" for row in shape["rows"] if "skipped" in row]
         if skipped:

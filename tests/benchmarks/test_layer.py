@@ -1,13 +1,16 @@
 """The layer and training benchmarks without a GPU: gates, floors, chains, and reports rendered from JSON."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import layer, layer_peers, layer_report, training
+from benchmarks import device, layer, layer_bars, layer_kernels, layer_measure, layer_peers, layer_report, training
+from mhc_layers import PAPER
+from mhc_layers._torch_ops import fused_site
 
-PLAIN = next(peer for peer in layer.OURS if peer.name == "ours, plain torch")
+PLAIN = next(peer for peer in layer_measure.OURS if peer.name == "ours, plain torch")
 EAGER = next(peer for peer in layer_peers.PEERS if peer.name == "eager, fp32")
 
 
@@ -18,36 +21,59 @@ def parameters(n: int, c: int) -> layer_peers.Parameters:
     return layer_peers.Parameters(phi, torch.tensor([0.8, 1.1, 0.9]), bias)
 
 
-def inputs(m: int, n: int, c: int) -> layer.Inputs:
+def inputs(m: int, n: int, c: int) -> layer_measure.Inputs:
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    return layer.Inputs(normal(m, n, c).requires_grad_(), normal(m, c).requires_grad_(), normal(m, c), normal(m, n, c))
+    return layer_measure.Inputs(
+        normal(m, n, c).requires_grad_(), normal(m, c).requires_grad_(), normal(m, c), normal(m, n, c)
+    )
 
 
 def test_floors_count_each_tensor_once() -> None:
-    assert layer.floors(4) == {"pre": 5, "post": 9, "forward": 14, "both": 29}
+    assert layer_measure.floors(4) == {"pre": 5, "post": 9, "forward": 14, "backward": 28, "both": 29}
+    moved = layer_kernels.streams_moved(4)
+    assert moved["write_backward"] + moved["read_backward"] + moved["streams_backward"] == 28
+    assert moved["boundary_forward"] + moved["read_forward"] == 14
 
 
 @pytest.mark.parametrize("peer", [PLAIN, EAGER], ids=lambda peer: peer.name)
 def test_a_correct_implementation_passes_its_gate(peer: layer_peers.Peer) -> None:
     runner = peer.make(parameters(4, 32), 4)
-    found = layer.errors(runner, peer, parameters(4, 32), inputs(16, 4, 32))
-    assert layer.gate(peer, found) is None
+    found = layer_measure.errors(runner, peer, parameters(4, 32), inputs(16, 4, 32))
+    assert layer_measure.gate(peer, found) is None
 
 
 def test_a_wrong_convention_fails_the_gate() -> None:
     runner = PLAIN.make(parameters(4, 32), 4)
     wrong = layer_peers.Peer("wrong", PLAIN.make, PLAIN.convention.replace(first="rows", num_iters=1), "")
-    found = layer.errors(runner, wrong, parameters(4, 32), inputs(16, 4, 32))
-    assert "x_next" in str(layer.gate(wrong, found))
+    found = layer_measure.errors(runner, wrong, parameters(4, 32), inputs(16, 4, 32))
+    assert "x_next" in str(layer_measure.gate(wrong, found))
+
+
+def test_every_implementation_is_in_one_group_and_can_be_asked_for() -> None:
+    assert sorted(name for group in layer.GROUPS for name in group) == sorted(layer._IMPLEMENTATIONS)
+
+
+def test_what_is_not_reproducible_is_seen() -> None:
+    class Drifting:
+        def __init__(self) -> None:
+            self.site, self.calls = PLAIN.make(parameters(4, 32), 4), 0
+            self.leaves, self.pre = self.site.leaves, self.site.pre
+
+        def post(self, *arguments: object) -> torch.Tensor:
+            self.calls += 1
+            return self.site.post(*arguments) * (1 + self.calls / 100)
+
+    assert layer_measure.repeats_its_bits(PLAIN.make(parameters(4, 32), 4), inputs(16, 4, 32))
+    assert not layer_measure.repeats_its_bits(Drifting(), inputs(16, 4, 32))
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_chain_has_one_read_a_site_and_every_gradient(fused: bool) -> None:
-    chain = layer.Chain(lambda: PLAIN.make(parameters(4, 8), 4), 3, inputs(6, 4, 8), fused)
+    chain = layer_measure.Chain(lambda: PLAIN.make(parameters(4, 8), 4), 3, inputs(6, 4, 8), fused)
     outputs = chain.forward()
     assert [tuple(output.shape) for output in outputs] == [(6, 8), (6, 8), (6, 8), (6, 4, 8)]
     assert len(chain.backward(outputs)) == 1 + 3 + 3 * 5
@@ -57,25 +83,109 @@ def times(called: float, graph: float | None) -> dict:
     return {"called_us": called, "graph_us": graph, "graph_refused": None}
 
 
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what the benchmark runs on the CPU, once each, with invented times."""
+
+    def time_calls(calls: list, **_: object) -> device.Times:
+        for call in calls:
+            call()
+        return device.Times(200.0 * len(calls), 100.0 * len(calls))
+
+    def measure_memory(forward: Callable, backward: Callable, outputs: int) -> device.Memory:
+        backward(forward())
+        return device.Memory(1000, 2000)
+
+    def random(m: int, n: int, c: int, seed: int) -> layer_measure.Inputs:
+        return inputs(m, n, c)
+
+    for module in (layer_measure, layer_kernels):
+        monkeypatch.setattr(module, "time_calls", time_calls)
+        monkeypatch.setattr(module, "random_parameters", parameters)
+    monkeypatch.setattr(layer_measure, "measure_memory", measure_memory)
+    monkeypatch.setattr(layer_measure.Inputs, "random", random)
+    monkeypatch.setattr(layer, "copy_rate", lambda: 3e12)
+    fused = layer_measure._ours("ours, fused", fused_site(PAPER), "the leaves of plain torch")
+    monkeypatch.setitem(layer._IMPLEMENTATIONS, fused.name, fused)
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_a_run_measures_by_groups_saves_each_row_and_stops_in_time() -> None:
+    names, saved = ["ours, fused", "Liger", "eager, fp32"], []
+    report = {"machine": MACHINE, "streams": 4, "shapes": []}
+    shapes = [(16, 32), (8, 32)]
+    layer.run(shapes, 4, names, 4, 600.0, report, lambda: saved.append(layer_report.markdown(report)))
+    assert len(saved) == 7 and [row["name"] for row in report["shapes"][1]["rows"]] == names
+    fused, liger, eager = report["shapes"][0]["rows"]
+    assert fused["chain"]["fused"]["both"] == times(50.0, 25.0) | {"site_us": 0.0}
+    assert fused["same_bits"] and "not installed" in liger["skipped"] and eager["both"]["called_us"] == 800.0
+    assert "| ours, fused, fused boundaries |" in saved[0]
+    layer.run(shapes, 4, names, 4, -1.0, report, lambda: None)
+    assert all("not reached" in row["skipped"] for shape in report["shapes"][2:] for row in shape["rows"])
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_kernels_are_called_with_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_kernels, "_rows_that_serve", lambda name, x: ["plain"])
+    rows = {row["name"]: row for row in layer_kernels.measure_kernels(16, 4, 32)}
+    without_a_plain_row = {"boundary_forward", "streams_backward_chained"}
+    assert {name for name, row in rows.items() if "us" not in row} == without_a_plain_row
+    assert "backward of a site" in rows
+
+
 MACHINE = {"date": "d", "device": "gpu", "cuda": "13", "python": "3", "versions": {"torch": "2"}, "commit": None}
 
 
-def test_layer_report_names_what_was_not_timed(tmp_path: Path) -> None:
-    both = times(900.0, 800.0)
+def layer_row(name: str, both: dict, **other: object) -> dict:
     row = {
-        "name": "a",
+        "name": name,
         "convention": "paper",
-        "errors": dict.fromkeys(["u", "x_next", "gx", "gf", "gphi", "galpha", "gbias"], 1e-3),
+        "errors": dict.fromkeys(["u", "x_next", "gx", "gf", "gphi", "galpha", "gbias"], 5e-5),
+        "same_bits": True,
+        "memory": {"kept": 100 * 16384, "peak": 10 * 2 * 16384 * 4096},
     }
-    row |= {"pre": both, "post": both, "both": both, "memory": {"kept": 1000, "peak": 10**9}}
-    row |= {"chain": {"fused": {"forward": both, "both": times(700.0, None)}, "separate": {"both": both}}}
-    shape = {"tokens": 16, "dim": 8, "floor_us": dict.fromkeys(["pre", "post", "forward", "both"], 400.0)}
-    shape["rows"] = [row, {"name": "b", "skipped": "not installed: b"}]
-    report = {"machine": MACHINE, "copy_bytes_per_second": 3e12, "streams": 4, "shapes": [shape]}
+    return row | dict.fromkeys(["pre", "post", "forward"], times(500.0, 400.0)) | {"both": both} | other
+
+
+def layer_report_of(*rows: dict) -> dict:
+    floor = {"pre": 200.0, "post": 200.0, "forward": 400.0, "backward": 800.0, "both": 1000.0}
+    shape = {"tokens": 16384, "dim": 4096, "floor_us": floor, "rows": list(rows)}
+    return {"machine": MACHINE, "copy_bytes_per_second": 3e12, "streams": 4, "shapes": [shape]}
+
+
+def chained(graph: float, site: float) -> dict:
+    both, forward = times(graph + 100, graph), times(500.0, 450.0)
+    return {"forward": forward | {"site_us": 440.0}, "both": both | {"site_us": site}, "kept_per_site": 1.0, "peak": 1}
+
+
+OURS = layer_row(
+    "ours, fused",
+    times(1700.0, 1600.0),
+    chain={"length": 8, "fused": chained(1500.0, 1490.0), "separate": chained(1600.0, 1600.0)},
+)
+
+
+def test_layer_report_names_what_was_not_timed(tmp_path: Path) -> None:
+    report = layer_report_of(OURS, {"name": "b", "skipped": "not installed: b"})
     text = layer_report.markdown(report)
-    assert "| a | 2.00 (800) |" in text and "1.75 (700)" in text and "- b: not installed: b" in text
+    assert "| ours, fused | 2.00 (400) |" in text and "- b: not installed: b" in text
+    assert "| ours, fused, fused boundaries | 1.12 (450) | 1.10 (440) | 1.50 (1500) | 1.49 (1490) |" in text
     layer_report.plot(report, tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
+
+
+def test_bars_are_met_missed_or_not_measured() -> None:
+    peer = layer_row("TileKernels", times(3100.0, 3000.0))
+    verdicts = {verdict.what: verdict for verdict in layer_bars.judge(layer_report_of(OURS, peer))}
+    assert verdicts["fwd+bwd, separate steps, of 29 E, C = 4096"].met
+    assert verdicts["forward, a boundary and its read, of 14 E, C = 4096"].value == 1.1
+    assert verdicts["backward of a site (by difference), of 28 E, C = 4096"].met is False  # (1600 - 400) / 800
+    assert verdicts["faster than TileKernels, C = 4096"].value == 2.0
+    assert verdicts["fwd+bwd without CUDA C++, of 29 E, C = 4096"].met is None
+    assert not any("M = 4096" in what for what in verdicts)
+    assert layer_bars.against_peers(layer_report_of(OURS, peer)) == [
+        ["16384 x 4096", "2.00", "-", "-", "-", "-", "1.82"]
+    ]
 
 
 def test_training_report_takes_overhead_from_the_residual_of_the_same_run() -> None:
