@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from proofs import claims, report, runner, subjects, systems
+from proofs import claims, pool, report, runner
 from proofs._claim import Claim
+from proofs.backends import BACKENDS
 from proofs.runner import PROFILES, Outcome
+from proofs.selection import Selection
 
 __all__ = ["main"]
 
@@ -33,13 +36,19 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--projection", metavar="MODULE:FUNCTION", help="a function of an array (..., n, n) of logits")
     target.add_argument("--last", choices=("rows", "columns"), default="rows", help="the side it normalises last")
     target.add_argument("--num-iters", type=int, metavar="K", help="compare it with K exact iterations as well")
-    target.add_argument("--backend", choices=tuple(subjects.BACKENDS), help="arrays to use (default: all, or numpy)")
+    target.add_argument(
+        "--backend",
+        action="append",
+        choices=tuple(BACKENDS),
+        help="arrays, repeatable (default: all, or numpy)",
+    )
     target.add_argument("--dtype", action="append", metavar="NAME", help="only these dtypes, with --projection")
     target.add_argument("--solver", action="append", metavar="NAME", help="only these solvers of birkhoff.solvers")
     target.add_argument("--claim", action="append", metavar="NAME", help="only these claims, or families of claims")
     effort = parser.add_argument_group("how hard")
     effort.add_argument("--profile", choices=tuple(PROFILES), default="ci", help="number of examples (default: ci)")
     effort.add_argument("--seed", type=int, help="other examples than the fixed ones")
+    effort.add_argument("--jobs", type=int, default=1, metavar="N", help="processes to share the claims among")
     effort.add_argument("--replay", type=Path, metavar="FILE", help="try the failing examples of a JSON report again")
     output = parser.add_argument_group("reports")
     output.add_argument("--detail", action="store_true", help="one line a claim and projection")
@@ -49,23 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _subjects(options: argparse.Namespace) -> list[Any]:
-    if options.projection is not None:
-        function = subjects.load_function(options.projection)
-        one = subjects.user_subject(
-            function,
-            name=options.projection,
-            last=options.last,
-            backend_name=options.backend or "numpy",
-            num_iters=options.num_iters,
-            dtypes=options.dtype,
-        )
-        return [one]
-    names = [options.backend] if options.backend else subjects.installed_backends()
-    found: list[Any] = list(subjects.builtin_subjects(names, options.solver))
-    if options.solver is None:
-        found.extend(systems.builtin_systems(names))
-    return found
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection(
+        projection=options.projection,
+        last=options.last,
+        num_iters=options.num_iters,
+        dtypes=None if options.dtype is None else tuple(options.dtype),
+        backends=tuple(options.backend or ()),
+        solvers=None if options.solver is None else tuple(options.solver),
+    )
 
 
 def _print_list(console: Console, chosen: Sequence[Claim]) -> None:
@@ -77,16 +78,30 @@ def _print_list(console: Console, chosen: Sequence[Claim]) -> None:
         )
 
 
-def _run(console: Console, chosen: Sequence[Claim], found: list[Any], options: argparse.Namespace) -> list[Outcome]:
+def _run(
+    console: Console, chosen: Sequence[Claim], selection: Selection, options: argparse.Namespace
+) -> tuple[list[Outcome], int]:
+    """Return the outcomes in the order of claims, and how many pairs were left when Ctrl-C stopped the run."""
+    found = selection.subjects()
+    order = {(claim.name, subject.title): at for at, (claim, subject) in enumerate(runner.pairs(chosen, found))}
+    seen: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    total = sum(getattr(subject, "kind", "projection") == claim.kind for claim in chosen for subject in found)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("claims", total=total)
+        task = progress.add_task("claims", total=len(order))
 
         def advance(outcome: Outcome) -> None:
+            seen.append(outcome)
             progress.update(task, advance=1, description=outcome.claim.name)
 
-        return runner.run(chosen, found, PROFILES[options.profile], seed_value=options.seed, progress=advance)
+        profile = PROFILES[options.profile]
+        try:
+            if options.jobs > 1:
+                pool.run(chosen, selection, profile, jobs=options.jobs, seed_value=options.seed, progress=advance)
+            else:
+                runner.run(chosen, found, profile, seed_value=options.seed, progress=advance)
+        except KeyboardInterrupt:
+            pass
+    return sorted(seen, key=lambda outcome: order[outcome.claim.name, outcome.subject]), len(order) - len(seen)
 
 
 def _replay(found: list[Any], path: Path) -> list[Outcome]:
@@ -108,26 +123,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     sys.path.insert(0, "")  # a projection in the working directory is importable, as with python -m
+    started, left = time.perf_counter(), 0
     try:
         chosen = claims.select(options.claim)
         if options.list:
             _print_list(console, chosen)
             return 0
-        found = _subjects(options)
-        outcomes = _replay(found, options.replay) if options.replay else _run(console, chosen, found, options)
+        if options.jobs < 1:
+            raise ValueError(f"--jobs {options.jobs}; give 1 or more")
+        selection = _selection(options)
+        if options.replay:
+            outcomes = _replay(selection.subjects(), options.replay)
+        else:
+            outcomes, left = _run(console, chosen, selection, options)
     except ValueError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         return 2
-    if not any(outcome.verdict != "not claimed" for outcome in outcomes):
+    if not left and not any(outcome.verdict != "not claimed" for outcome in outcomes):
         console.print("nothing to verify: no claim applies to this selection", highlight=False)
         return 2
     report.print_table(console, outcomes, detail=options.detail)
     report.print_failures(console, outcomes)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings |= {"wall_seconds": round(time.perf_counter() - started, 1), "not_tried": left}
     if options.json:
         report.write_json(options.json, outcomes, settings)
     if options.junit:
         report.write_junit(options.junit, outcomes)
+    if left:
+        console.print(f"[bold red]interrupted:[/] {left} of {left + len(outcomes)} were not tried", highlight=False)
+        return 130
     return 1 if any(outcome.verdict == "broken" for outcome in outcomes) else 0
 
 

@@ -173,6 +173,8 @@ class Claim:
         Which kind of subject it speaks of.
     effort : float
         Multiplies the number of examples of the profile; below 1 for expensive checks.
+    itemwise : bool
+        Every matrix of a stack is judged by itself, so examples of one size and dtype may be checked as one stack.
     """
 
     name: str
@@ -189,3 +191,4 @@ class Claim:
     applies: Callable[[Any], str | None] = field(default=lambda subject: None, repr=False)
     kind: Kind = "projection"
     effort: float = 1.0
+    itemwise: bool = False

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from proofs.subjects import BACKENDS
+from proofs.backends import BACKENDS
 
 __all__ = [
     "PEERS",

@@ -257,6 +257,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_zeros_kept,
         applies=_no_eps_kl,
+        itemwise=True,
     ),
     Claim(
         name="status_per_matrix",

@@ -184,6 +184,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("schur", "certificate", "wcs", "float_sum_upper", "float_sum_lower"),
         samples=lambda subject: _standard(subject, batch=24),
         check=_enclosure,
+        itemwise=True,
     ),
     Claim(
         name="certificate_holds_on_every_vertex",
@@ -231,6 +232,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=("gaussian",), scales=(1.0,), sizes=(1, 2, 3, 4, 5, 8), batch=64, dtypes=_dtypes(subject)
         ),
         check=_tight,
+        itemwise=True,
     ),
     Claim(
         name="certified_sums_hold",
@@ -246,6 +248,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: _standard(subject, batch=6),
         check=_sums,
         effort=0.5,
+        itemwise=True,
     ),
     Claim(
         name="certificate_refuses_what_it_cannot_bound",

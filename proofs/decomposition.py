@@ -49,5 +49,6 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(sizes=(1, 2, 3, 4, 5), batch=3, dtypes=subject.backend.dtypes),
         check=_check,
         effort=0.5,
+        itemwise=True,
     ),
 )

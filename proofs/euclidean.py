@@ -90,6 +90,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_feasible,
         applies=_euclidean,
+        itemwise=True,
     ),
     Claim(
         name="euclidean_is_nearest",
@@ -107,6 +108,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_variational,
         applies=_euclidean,
+        itemwise=True,
     ),
     Claim(
         name="euclidean_is_nonexpansive",
@@ -121,6 +123,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_nonexpansive,
         applies=_euclidean,
+        itemwise=True,
     ),
     Claim(
         name="euclidean_is_idempotent",
@@ -135,5 +138,6 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_idempotent,
         applies=_euclidean,
+        itemwise=True,
     ),
 )

@@ -160,6 +160,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_dot_product,
         applies=_known,
+        itemwise=True,
     ),
     Claim(
         name="gradient_sums_vanish",
@@ -175,6 +176,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_orthogonal,
         applies=_truncated,
+        itemwise=True,
     ),
     Claim(
         name="gradient_halves_the_norm",
@@ -187,6 +189,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(generators=strategies.EASY, batch=8, dtypes=subject.backend.dtypes),
         check=_contracting,
         applies=_truncated,
+        itemwise=True,
     ),
     Claim(
         name="gradient_is_finite",
@@ -201,6 +204,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_finite,
         applies=_offers,
+        itemwise=True,
     ),
     Claim(
         name="zero_upstream_gives_zero",
@@ -214,6 +218,7 @@ CLAIMS: tuple[Claim, ...] = (
         check=_zero,
         applies=_offers,
         effort=0.5,
+        itemwise=True,
     ),
     Claim(
         name="bad_matrix_spares_other_gradients",
@@ -249,5 +254,6 @@ CLAIMS: tuple[Claim, ...] = (
         check=_double,
         applies=_twice,
         effort=0.25,
+        itemwise=True,
     ),
 )

@@ -206,6 +206,7 @@ CLAIMS: tuple[Claim, ...] = (
             sizes=(1,), scales=(*strategies.SCALES, 1e4), dtypes=(*subject.backend.dtypes, *subject.backend.halves)
         ),
         check=_single,
+        itemwise=True,
     ),
     Claim(
         name="rank_one_gives_uniform",
@@ -222,6 +223,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_uniform,
         applies=_kl,
+        itemwise=True,
     ),
     Claim(
         name="large_diagonal_gives_identity",
@@ -236,6 +238,7 @@ CLAIMS: tuple[Claim, ...] = (
         check=_identity,
         applies=_kl,
         effort=0.5,
+        itemwise=True,
     ),
     Claim(
         name="equal_streams_or_mean_kept",
@@ -278,6 +281,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(),
         check=_transposed,
         applies=_has_dual,
+        itemwise=True,
     ),
     Claim(
         name="first_side_shift_invariance",
@@ -335,6 +339,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2,)),
         check=_closed_two,
         applies=_kl,
+        itemwise=True,
     ),
     Claim(
         name="circulant_in_one_step",
@@ -350,6 +355,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_circulant,
         applies=_undamped,
+        itemwise=True,
     ),
     Claim(
         name="diagonal_gap",
@@ -364,6 +370,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_gap,
         applies=_kl,
+        itemwise=True,
     ),
     Claim(
         name="kl_projection_of_small_logits",
@@ -376,5 +383,6 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_easy_limit,
         applies=_kl,
+        itemwise=True,
     ),
 )

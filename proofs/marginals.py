@@ -154,6 +154,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_last_side,
         applies=_normalised_last,
+        itemwise=True,
     ),
     Claim(
         name="entries_in_unit_interval",
@@ -171,6 +172,7 @@ CLAIMS: tuple[Claim, ...] = (
             dtypes=(*subject.backend.dtypes, *subject.backend.halves),
         ),
         check=_entries,
+        itemwise=True,
     ),
     Claim(
         name="damped_side_below_one",
@@ -183,6 +185,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(),
         check=_shrunk,
         applies=_needs_eps,
+        itemwise=True,
     ),
     Claim(
         name="small_logits_converge",
@@ -196,6 +199,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_converges_easily,
         applies=_kl_only,
+        itemwise=True,
     ),
     Claim(
         name="reported_error_is_true",
@@ -208,6 +212,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_honest,
         applies=_has_projection,
+        itemwise=True,
     ),
     Claim(
         name="open_side_never_rises",
@@ -222,6 +227,7 @@ CLAIMS: tuple[Claim, ...] = (
         check=_monotone,
         applies=_can_rebuild,
         effort=0.5,
+        itemwise=True,
     ),
     Claim(
         name="hilbert_contraction",
@@ -240,6 +246,7 @@ CLAIMS: tuple[Claim, ...] = (
         check=_hilbert_rate,
         applies=_can_rebuild,
         effort=0.5,
+        itemwise=True,
     ),
     Claim(
         name="two_by_two_error_below_1_over_2k",
@@ -253,5 +260,6 @@ CLAIMS: tuple[Claim, ...] = (
         check=_two_by_two,
         applies=_can_rebuild,
         effort=0.5,
+        itemwise=True,
     ),
 )

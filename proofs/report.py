@@ -111,18 +111,13 @@ def print_failures(console: Console, outcomes: Sequence[Outcome]) -> None:
             console.print()
 
 
-def _versions() -> dict[str, str]:
+_OWN = ("birkhoff-mhc", "numpy", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "hypothesis", "python-flint")
+
+
+def versions(packages: Sequence[str] = _OWN) -> dict[str, str]:
+    """Return the versions of Python and of the packages that are installed, and the name of the CUDA device."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in (
-        "birkhoff-mhc",
-        "numpy",
-        "torch",
-        "triton",
-        "cupy-cuda13x",
-        "cupy-cuda12x",
-        "hypothesis",
-        "python-flint",
-    ):
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -161,7 +156,7 @@ def _finite(value: float) -> float | str:
 
 def write_json(path: Path, outcomes: Sequence[Outcome], settings: dict[str, Any]) -> None:
     """Write every outcome, the settings and the versions; failing examples bit for bit."""
-    document = {"settings": settings, "versions": _versions(), "outcomes": [as_record(o) for o in outcomes]}
+    document = {"settings": settings, "versions": versions(), "outcomes": [as_record(o) for o in outcomes]}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -94,6 +94,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("corrected_dstoch", "corrected_rows", "corrected_cols", "corrected_nonneg"),
         samples=_samples(),
         check=_exact_sums,
+        itemwise=True,
     ),
     Claim(
         name="shrinking_gives_norm_at_most_one",
@@ -109,6 +110,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("nonexpansive_sub", "substoch_nonexpansive", "shrink_le1", "shrink_ge0"),
         samples=_samples(),
         check=_shrunk,
+        itemwise=True,
     ),
     Claim(
         name="rounding_moves_little",
@@ -121,6 +123,7 @@ CLAIMS: tuple[Claim, ...] = (
         kind="rounding",
         samples=_samples(),
         check=_near,
+        itemwise=True,
     ),
     Claim(
         name="rounding_is_the_algorithm",
@@ -137,5 +140,6 @@ CLAIMS: tuple[Claim, ...] = (
         samples=_samples((1, 2, 3, 4, 5), 4),
         check=_as_rational,
         effort=0.5,
+        itemwise=True,
     ),
 )

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from proofs import enclosure, strategies, vectors
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.backends import BACKENDS
 from proofs.measure import accuracy_allowance, marginal_allowance
-from proofs.subjects import BACKENDS, Subject
+from proofs.subjects import Subject
 
 __all__ = ["CLAIMS"]
 
@@ -145,6 +146,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_accuracy,
         applies=_known_iteration,
+        itemwise=True,
     ),
     Claim(
         name="inside_the_enclosure",
@@ -161,6 +163,7 @@ CLAIMS: tuple[Claim, ...] = (
         check=_contained,
         applies=_enclosed,
         effort=0.5,
+        itemwise=True,
     ),
     Claim(
         name="conformance_vectors",
@@ -190,6 +193,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_half,
         applies=_halves,
+        itemwise=True,
     ),
     Claim(
         name="same_bits_on_the_strict_namespace",
@@ -214,5 +218,6 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(scales=_CONTRACT_SCALES, sizes=(2, 3, 4, 5, 8, 16)),
         check=_agreement,
         applies=_foreign,
+        itemwise=True,
     ),
 )

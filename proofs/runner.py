@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample
 
-__all__ = ["PROFILES", "Outcome", "Profile", "minimise", "observe", "replay", "run", "run_claim"]
+__all__ = ["PROFILES", "Outcome", "Profile", "minimise", "observe", "pairs", "replay", "run", "run_claim"]
 
 Verdict = Literal["holds", "broken", "not claimed"]
 
@@ -107,21 +107,26 @@ def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int |
         return Outcome(claim, subject.title, "not claimed", reason=reason)
     started = time.perf_counter()
     tried, closest = 0, None
-    breach: Sample | None = None
-
-    def body(sample: Sample) -> None:
-        nonlocal tried, closest, breach
-        if breach is not None:
-            return  # found already; raising would make Hypothesis look for reasons in code that may not be repeatable
-        sample = _supported(sample, subject)
-        tried += max(1, len(sample.logits))
-        seen, _ = observe(claim, subject, sample)
+    for members in _groups(claim, _draw(claim, subject, profile, seed_value)):
+        stack = _joined(members)
+        tried += max(1, len(stack.logits))
+        seen, _ = observe(claim, subject, stack)
         if closest is None or seen.ratio > closest.ratio:
             closest = seen
-        if not seen.holds:
-            breach = sample
+        if seen.holds:
+            continue
+        # the example that breaks by itself keeps its seed; where only the joined stack does, that is the example
+        breach = next((one for one in members if not observe(claim, subject, one)[0].holds), stack)
+        failing, seen, why = minimise(claim, subject, breach, budget=profile.shrink_budget)
+        reason = why or seen.detail
+        return Outcome(claim, subject.title, "broken", tried, seen, reason, failing, time.perf_counter() - started)
+    return Outcome(claim, subject.title, "holds", tried, closest, seconds=time.perf_counter() - started)
 
-    test = given(claim.samples(subject))(body)
+
+def _draw(claim: Claim, subject: Any, profile: Profile, seed_value: int | None) -> list[Sample]:
+    """Return the examples of a claim, in dtypes that the subject takes."""
+    drawn: list[Sample] = []
+    test = given(claim.samples(subject))(lambda sample: drawn.append(_supported(sample, subject)))
     test = settings(
         max_examples=max(3, round(profile.max_examples * claim.effort)),
         phases=(Phase.generate,),
@@ -132,18 +137,35 @@ def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int |
         derandomize=False,
     )(test)
     # the claim's own name enters, so that claims do not all see the same stacks
-    start = zlib.crc32(f"{claim.name}|{seed_value or 0}".encode())
-    test = seed(start)(test)
-    test()
-    if breach is not None:
-        failing, seen, why = minimise(claim, subject, breach, budget=profile.shrink_budget)
-        reason = why or seen.detail
-        return Outcome(claim, subject.title, "broken", tried, seen, reason, failing, time.perf_counter() - started)
-    return Outcome(claim, subject.title, "holds", tried, closest, seconds=time.perf_counter() - started)
+    seed(zlib.crc32(f"{claim.name}|{seed_value or 0}".encode()))(test)()
+    return drawn
+
+
+_LARGEST_STACK = 1024
+
+
+def _groups(claim: Claim, drawn: Sequence[Sample]) -> list[list[Sample]]:
+    """Return the examples that are checked together: of one size and dtype where the claim judges every matrix."""
+    if not claim.itemwise:
+        return [[sample] for sample in drawn]
+    groups: dict[tuple[int, str, int], list[Sample]] = {}
+    counts: dict[tuple[int, str], int] = {}
+    for sample in drawn:
+        key = (int(sample.logits.shape[-1]), sample.dtype)
+        counts[key] = counts.get(key, 0) + len(sample.logits)
+        groups.setdefault((*key, counts[key] // _LARGEST_STACK), []).append(sample)
+    return list(groups.values())
+
+
+def _joined(members: Sequence[Sample]) -> Sample:
+    first = members[0]
+    if len(members) == 1:
+        return first
+    return Sample(np.concatenate([one.logits for one in members]), first.dtype, first.seed, "examples joined")
 
 
 def run(
-    claims: Iterable[Claim],
+    claims: Sequence[Claim],
     subjects: Sequence[Any],
     profile: Profile,
     *,
@@ -152,15 +174,20 @@ def run(
 ) -> list[Outcome]:
     """Try every claim on every subject of its kind."""
     outcomes = []
+    for claim, subject in pairs(claims, subjects):
+        outcome = run_claim(claim, subject, profile, seed_value=seed_value)
+        outcomes.append(outcome)
+        if progress is not None:
+            progress(outcome)
+    return outcomes
+
+
+def pairs(claims: Iterable[Claim], subjects: Sequence[Any]) -> Iterator[tuple[Claim, Any]]:
+    """Return every claim with every subject of its kind, in the order of reports."""
     for claim in claims:
         for subject in subjects:
-            if getattr(subject, "kind", "projection") != claim.kind:
-                continue
-            outcome = run_claim(claim, subject, profile, seed_value=seed_value)
-            outcomes.append(outcome)
-            if progress is not None:
-                progress(outcome)
-    return outcomes
+            if getattr(subject, "kind", "projection") == claim.kind:
+                yield claim, subject
 
 
 def replay(claim: Claim, subject: Any, sample: Sample) -> Outcome:

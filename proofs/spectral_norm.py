@@ -74,6 +74,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(sizes=(1, 2, 3, 4, 5), batch=3, dtypes=subject.backend.dtypes),
         check=_schur,
         effort=0.5,
+        itemwise=True,
     ),
     Claim(
         name="open_side_error_forces_norm_above_one",
@@ -89,6 +90,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_floor,
         applies=last_side_exact,
+        itemwise=True,
     ),
     Claim(
         name="norm_at_most_sqrt_of_open_sum",
@@ -102,6 +104,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_ceiling,
         applies=last_side_exact,
+        itemwise=True,
     ),
     Claim(
         name="finish_is_nonexpansive",
@@ -116,6 +119,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_nonexpansive,
         applies=_finished,
+        itemwise=True,
     ),
     Claim(
         name="norm_is_one_for_small_logits",
@@ -129,5 +133,6 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_easy,
         applies=_kl,
+        itemwise=True,
     ),
 )

@@ -1,228 +1,22 @@
-"""What claims are made of: projections on a backend, and the library's certificates, roundings and decompositions.
+"""What claims are made of: a projection on a backend, together with what is known about it.
 
-A :class:`Backend` turns NumPy values into another library's arrays and back. A :class:`Subject` is one projection on
-one backend together with what is known about it; a claim reads these facts to decide whether it applies.
+A claim reads these facts to decide whether it applies.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from proofs import model, strategies
+from proofs import model
 from proofs._claim import Sample
+from proofs.backends import Backend, Projector, backend, with_dtypes
 
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "Subject",
-    "backend",
-    "builtin_subjects",
-    "installed_backends",
-    "load_function",
-    "user_subject",
-    "with_dtypes",
-]
-
-Projector = Callable[[Any], Any]
-
-
-class Backend:
-    """NumPy in and out; the base class of the others."""
-
-    name = "numpy"
-    module = "numpy"
-    dtypes: tuple[str, ...] = ("float64", "float32")
-    halves: tuple[str, ...] = ("float16",)
-
-    def missing(self) -> str | None:
-        """Return why this backend cannot run here, or ``None``."""
-        return None if importlib.util.find_spec(self.module) else f"{self.module} is not installed"
-
-    def asarray(self, values: np.ndarray, dtype: str) -> Any:
-        """Return `values` as this library's array of `dtype` in C order; never shares memory with the argument."""
-        return np.array(values, dtype=dtype, order="C")
-
-    def asnumpy(self, array: Any) -> np.ndarray:
-        """Return the values in float64."""
-        return np.asarray(array).astype(np.float64)
-
-    def dtype_name(self, array: Any) -> str:
-        """Return ``"float32"`` and the like."""
-        return str(array.dtype).rsplit(".", maxsplit=1)[-1]
-
-    def is_native(self, array: Any) -> bool:
-        """Whether `array` is of this library, on the device that :meth:`asarray` uses."""
-        return isinstance(array, np.ndarray)
-
-    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
-        """Return the same values in the memory layouts that this library knows."""
-        return {name: strategies.layout(self.asarray(values, dtype), name) for name in strategies.LAYOUTS}
-
-    def autograd(self, function: Projector, logits: Any, grad: Any) -> Any:
-        """Return the vector-Jacobian product by the library's own differentiation."""
-        raise NotImplementedError(f"{self.name} has no automatic differentiation")
-
-    def second(self, function: Projector, logits: Any, grad: Any, direction: Any) -> Any:
-        """Return the gradient of <vjp(logits, grad), direction> with respect to the logits: double backward."""
-        raise NotImplementedError(f"{self.name} has no automatic differentiation")
-
-    @property
-    def differentiates(self) -> bool:
-        """Whether :meth:`autograd` works."""
-        return False
-
-
-class StrictBackend(Backend):
-    """array-api-strict: the standard and nothing else."""
-
-    name = "array_api_strict"
-    module = "array_api_strict"
-    halves = ()
-
-    def asarray(self, values: np.ndarray, dtype: str) -> Any:
-        strict = importlib.import_module("array_api_strict")
-        return strict.asarray(np.array(values, dtype=dtype, order="C"), copy=True)
-
-    def is_native(self, array: Any) -> bool:
-        return type(array).__module__.startswith("array_api_strict")
-
-    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
-        return {"contiguous": self.asarray(values, dtype)}
-
-
-class TorchBackend(Backend):
-    """PyTorch on one device."""
-
-    name = "torch"
-    module = "torch"
-    device = "cpu"
-    halves = ("float16", "bfloat16")
-
-    def asarray(self, values: np.ndarray, dtype: str) -> Any:
-        torch = importlib.import_module("torch")
-        return torch.from_numpy(np.array(values, order="C")).to(device=self.device, dtype=getattr(torch, dtype))
-
-    def asnumpy(self, array: Any) -> np.ndarray:
-        torch = importlib.import_module("torch")
-        return array.detach().to(dtype=torch.float64).cpu().numpy()
-
-    def is_native(self, array: Any) -> bool:
-        return type(array).__module__.startswith("torch") and array.device.type == self.device
-
-    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
-        base = self.asarray(values, dtype)
-        size = base.shape[-1]
-        wide = base.new_full((*base.shape[:-1], 2 * size), float("nan"))
-        wide[..., ::2] = base
-        return {
-            "contiguous": base,
-            "transposed": base.mT.contiguous().mT,
-            "strided": wide[..., ::2],
-            "batch_last": base.movedim(0, -1).contiguous().movedim(-1, 0),
-        }
-
-    def autograd(self, function: Projector, logits: Any, grad: Any) -> Any:
-        torch = importlib.import_module("torch")
-        with torch.enable_grad():
-            leaf = logits.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(function(leaf), leaf, grad)
-        return gradient
-
-    def second(self, function: Projector, logits: Any, grad: Any, direction: Any) -> Any:
-        torch = importlib.import_module("torch")
-        with torch.enable_grad():
-            leaf = logits.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(function(leaf), leaf, grad, create_graph=True)
-            (second,) = torch.autograd.grad((gradient * direction).sum(), leaf)
-        return second
-
-    @property
-    def differentiates(self) -> bool:
-        return True
-
-
-class TritonBackend(TorchBackend):
-    """PyTorch on a CUDA device, where the Triton rows of the library's table apply."""
-
-    name = "triton"
-    module = "triton"
-    device = "cuda"
-
-    def missing(self) -> str | None:
-        if importlib.util.find_spec("torch") is None:
-            return "torch is not installed"
-        if not importlib.import_module("torch").cuda.is_available():
-            return "torch sees no CUDA device"
-        return super().missing()
-
-
-class CuPyBackend(Backend):
-    """CuPy on the current device."""
-
-    name = "cupy"
-    module = "cupy"
-
-    def missing(self) -> str | None:
-        absent = super().missing()
-        if absent:
-            return absent
-        try:
-            count = importlib.import_module("cupy").cuda.runtime.getDeviceCount()
-        except Exception as error:
-            return f"cupy sees no CUDA device ({type(error).__name__})"
-        return None if count else "cupy sees no CUDA device"
-
-    def asarray(self, values: np.ndarray, dtype: str) -> Any:
-        return importlib.import_module("cupy").array(np.array(values, dtype=dtype, order="C"))
-
-    def asnumpy(self, array: Any) -> np.ndarray:
-        return importlib.import_module("cupy").asnumpy(array).astype(np.float64)
-
-    def is_native(self, array: Any) -> bool:
-        return type(array).__module__.startswith("cupy")
-
-    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
-        cupy = importlib.import_module("cupy")
-        base = self.asarray(values, dtype)
-        wide = cupy.full((*base.shape[:-1], 2 * base.shape[-1]), cupy.nan, dtype=base.dtype)
-        wide[..., ::2] = base
-        return {
-            "contiguous": base,
-            "transposed": cupy.ascontiguousarray(base.swapaxes(-1, -2)).swapaxes(-1, -2),
-            "strided": wide[..., ::2],
-            "reversed": cupy.ascontiguousarray(base[..., ::-1, ::-1])[..., ::-1, ::-1],
-        }
-
-
-BACKENDS: dict[str, Backend] = {
-    one.name: one for one in (Backend(), StrictBackend(), TorchBackend(), CuPyBackend(), TritonBackend())
-}
-"""Every backend that the claims know, by the name that ``--backend`` takes."""
-
-
-def backend(name: str) -> Backend:
-    """Return a backend by name; ``ValueError`` lists the names, or says what is missing on this machine."""
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].missing()
-    if reason:
-        raise ValueError(f"backend {name!r} cannot run here: {reason}")
-    return BACKENDS[name]
-
-
-def installed_backends() -> list[str]:
-    """Return the names of the backends that can run on this machine.
-
-    array-api-strict is left out: it runs NumPy's code slowly, and is tried when it is named.
-    """
-    return [name for name, one in BACKENDS.items() if one.missing() is None and not isinstance(one, StrictBackend)]
+__all__ = ["Subject", "backend", "builtin_subjects", "load_function", "solver_subject", "user_subject"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,18 +145,6 @@ def load_function(spec: str) -> Projector:
     return target
 
 
-def with_dtypes(chosen: Backend, names: Sequence[str]) -> Backend:
-    """Return the same backend, trying only these dtypes; ``ValueError`` lists those it has."""
-    known = (*chosen.dtypes, *chosen.halves)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"dtypes {list(names)} on {chosen.name}; choose from {', '.join(known)}")
-    narrowed = copy.copy(chosen)
-    narrowed.dtypes = tuple(name for name in names if name in chosen.dtypes) or tuple(names)
-    narrowed.halves = tuple(name for name in names if name in chosen.halves)
-    return narrowed
-
-
 def user_subject(
     function: Projector,
     *,
@@ -408,7 +190,8 @@ def solver_subject(solver: Any, chosen: Backend, *, finish: str = "none") -> Sub
     converged = name in ("Newton", "Euclidean")
 
     def project(logits: Any) -> Any:
-        return birkhoff.project(logits, solver, finish=finish)
+        with chosen.kernels():
+            return birkhoff.project(logits, solver, finish=finish)
 
     def function(logits: Any) -> Any:
         return project(logits).matrix
@@ -419,7 +202,8 @@ def solver_subject(solver: Any, chosen: Backend, *, finish: str = "none") -> Sub
 
     def unrolled(logits: Any, grad: Any) -> Any:
         adjoint = importlib.import_module("birkhoff.adjoints.unrolled").Unrolled()
-        return adjoint.vjp(logits, grad, solver)
+        with chosen.kernels():
+            return adjoint.vjp(logits, grad, solver)
 
     def automatic(logits: Any, grad: Any) -> Any:
         return chosen.autograd(function, logits, grad)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from proofs._claim import Kind
-from proofs.subjects import Backend, backend
+from proofs.backends import Backend, backend
 
 __all__ = [
     "Certifier",

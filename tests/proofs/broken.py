@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from proofs.subjects import BACKENDS, Subject
+from proofs.backends import BACKENDS
+from proofs.subjects import Subject
 
 NUM_ITERS = 20
 

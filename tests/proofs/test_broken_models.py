@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from proofs import claims, runner, systems
+from proofs.backends import BACKENDS
 from proofs.runner import Profile
-from proofs.subjects import BACKENDS
 from proofs.systems import Trace, Trained
 
 EFFORT = Profile("test", 20, shrink_budget=5)

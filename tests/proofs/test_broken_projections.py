@@ -13,9 +13,10 @@ import pytest
 
 from birkhoff import reference
 from proofs import claims, enclosure, runner
+from proofs.backends import BACKENDS
 from proofs.measure import sums
 from proofs.runner import Profile
-from proofs.subjects import BACKENDS, Subject
+from proofs.subjects import Subject
 from tests.proofs import broken
 
 EFFORT = Profile("test", 60, shrink_budget=40)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from proofs import claims, runner, systems
+from proofs.backends import BACKENDS
 from proofs.runner import Profile
-from proofs.subjects import BACKENDS, solver_subject
+from proofs.subjects import solver_subject
 from proofs.systems import Certifier, Decomposer, Layer, Parametrized, Rounder
 
 EFFORT = Profile("test", 20, shrink_budget=20)

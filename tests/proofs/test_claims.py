@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from proofs import claims, page, runner, subjects, systems
+from proofs.backends import BACKENDS
 from proofs.runner import Profile
 from tests.proofs.test_formal import lemmas
 
@@ -35,7 +36,7 @@ def test_select_takes_names_and_families() -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "array_api_strict", "torch"])
 def test_every_claim_holds_for_this_library(backend: str) -> None:
-    reason = subjects.BACKENDS[backend].missing()
+    reason = BACKENDS[backend].missing()
     if reason:
         pytest.skip(reason)
     effort = Profile("test", 4)

@@ -8,7 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from proofs import runner
 from proofs.__main__ import main
+from proofs._claim import Claim
+from proofs.backends import BACKENDS
 
 RIGHT = "tests.proofs.broken:right"
 WRONG = "tests.proofs.broken:half_a_step_missing"
@@ -41,6 +44,25 @@ def test_reports_can_be_read_back_and_replayed(tmp_path: Path, capsys: pytest.Ca
     assert "pass the same ones" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_reports_what_it_saw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def stops_at_the_second(claim: Claim, *arguments: object, **options: object) -> runner.Outcome:
+        tried.append(claim.name)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return runner.Outcome(claim, f"{RIGHT} on numpy", "holds", 1)
+
+    monkeypatch.setattr(runner, "run_claim", stops_at_the_second)
+    report = tmp_path / "out.json"
+    assert main(["--projection", RIGHT, *FEW, "--json", str(report)]) == 130
+    assert "interrupted: 1 of 2 were not tried" in capsys.readouterr().out
+    document = json.loads(report.read_text())
+    assert document["settings"]["not_tried"] == 1 and len(document["outcomes"]) == 1
+
+
 def test_library_subset(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["--backend", "numpy", "--solver", "SinkhornLog", "--claim", "closure", "--profile", "quick", "--detail"])
@@ -65,6 +87,7 @@ def test_list_prints_statements(capsys: pytest.CaptureFixture[str]) -> None:
         (["--solver", "Nonsense", "--backend", "numpy"], "birkhoff.solvers has"),
         (["--replay", "/nonexistent.json", "--backend", "numpy"], "is not a report"),
         (["--projection", RIGHT, "--claim", "certificate"], "nothing to verify"),
+        (["--projection", RIGHT, "--jobs", "0"], "give 1 or more"),
     ],
 )
 def test_wrong_arguments_get_a_friendly_message(
@@ -75,8 +98,6 @@ def test_wrong_arguments_get_a_friendly_message(
 
 
 def test_a_backend_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    from proofs.subjects import BACKENDS
-
     if BACKENDS["cupy"].missing() is None:
         pytest.skip("cupy runs here")
     assert main(["--backend", "cupy"]) == 2

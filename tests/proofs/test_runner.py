@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from proofs import claims, runner
+from proofs import claims, pool, runner
 from proofs._claim import Observation, Sample, worst
-from proofs.runner import Profile
+from proofs.runner import PROFILES, Profile
+from proofs.selection import Selection
 from tests.proofs import broken
 
 EFFORT = Profile("test", 10, shrink_budget=200)
@@ -81,3 +82,49 @@ def test_samples_survive_json_bit_for_bit(dtype: str) -> None:
     again = Sample.from_record(json.loads(json.dumps(sample.as_record())))
     assert again.logits.dtype == values.dtype and again.logits.tobytes() == values.tobytes()
     assert (again.dtype, again.seed, again.note) == (dtype, 12, "by hand")
+
+
+def test_examples_of_one_size_and_dtype_are_checked_in_one_call() -> None:
+    calls: list[tuple[tuple[int, ...], str]] = []
+
+    def record(logits: np.ndarray) -> np.ndarray:
+        calls.append((logits.shape, str(logits.dtype)))
+        return broken.right(logits)
+
+    joined, apart = claims.by_name("small_logits_converge"), claims.by_name("permutation_equivariance")
+    outcome = runner.run_claim(joined, broken.subject(record), EFFORT)
+    kinds = [(shape[-1], dtype) for shape, dtype in calls]
+    assert len(kinds) == len(set(kinds)) and outcome.examples == sum(shape[0] for shape, _ in calls) == 160
+    calls.clear()
+    assert runner.run_claim(apart, broken.subject(record), EFFORT).examples == 160
+    assert len(calls) == 20 and {shape[0] for shape, _ in calls} == {16}
+
+
+def test_a_breach_in_a_joined_stack_is_one_example_with_its_own_seed() -> None:
+    claim = claims.by_name("small_logits_converge")
+    outcome = runner.run_claim(claim, broken.subject(broken.one_axis_twice), EFFORT)
+    assert outcome.failing is not None and outcome.failing.note.startswith("small n=")
+    # what only a large stack shows is shown by that stack
+    outcome = runner.run_claim(claim, broken.subject(_wrong_on_large_stacks), EFFORT)
+    assert outcome.failing is not None and len(outcome.failing.logits) > 16
+    assert outcome.failing.note == "examples joined"
+
+
+def _wrong_on_large_stacks(logits: np.ndarray) -> np.ndarray:
+    return broken.right(logits) * (1.01 if len(logits) > 16 else 1.0)
+
+
+def test_processes_give_the_same_outcomes_in_the_same_order() -> None:
+    selection = Selection(projection="tests.proofs.broken:half_a_step_missing")
+    chosen = claims.select(["last_side_exact", "composite_gain_is_one", "certificate", "one_by_one_is_one"])
+    alone = runner.run(chosen, selection.subjects(), PROFILES["quick"])
+    shared = pool.run(chosen, selection, PROFILES["quick"], jobs=2)
+
+    def facts(outcomes: list[runner.Outcome]) -> list[object]:
+        return [
+            (o.claim.name, o.subject, o.verdict, o.examples, o.worst, o.failing and o.failing.as_record())
+            for o in outcomes
+        ]
+
+    assert [outcome.verdict for outcome in shared] == ["broken", "broken", "holds"]
+    assert facts(shared) == facts(alone)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from proofs import measure, model, rational, strategies, systems, vectors
-from proofs.subjects import BACKENDS
+from proofs.backends import BACKENDS
 from proofs.vectors import generate
 
 BACKEND_NAMES = ["numpy", "array_api_strict", "torch", "cupy", "triton"]

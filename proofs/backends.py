@@ -1,0 +1,251 @@
+"""The array libraries that claims are tried on: NumPy values become another library's arrays, and come back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from proofs import strategies
+
+__all__ = ["BACKENDS", "Backend", "Projector", "backend", "installed_backends", "with_dtypes"]
+
+Projector = Callable[[Any], Any]
+
+
+@functools.cache
+def _table_without(names: tuple[str, ...]) -> Any:
+    registry: Any = importlib.import_module("birkhoff._registry")
+    whole = registry.PROJECTIONS
+    return registry.Table(whole.name, tuple(row for row in whole.rows if row.name not in names)) if names else whole
+
+
+class Backend:
+    """NumPy in and out; the base class of the others."""
+
+    name = "numpy"
+    module = "numpy"
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    halves: tuple[str, ...] = ("float16",)
+    leaves_out: tuple[str, ...] = ()
+    """Rows of the library's table of implementations that :meth:`kernels` leaves out."""
+
+    @contextlib.contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Within it the library chooses among the implementations that this backend is about."""
+        dispatch: Any = importlib.import_module("birkhoff._dispatch")
+        before = dispatch.PROJECTIONS
+        dispatch.PROJECTIONS = _table_without(self.leaves_out)
+        try:
+            yield
+        finally:
+            dispatch.PROJECTIONS = before
+
+    def missing(self) -> str | None:
+        """Return why this backend cannot run here, or ``None``."""
+        return None if importlib.util.find_spec(self.module) else f"{self.module} is not installed"
+
+    def asarray(self, values: np.ndarray, dtype: str) -> Any:
+        """Return `values` as this library's array of `dtype` in C order; never shares memory with the argument."""
+        return np.array(values, dtype=dtype, order="C")
+
+    def asnumpy(self, array: Any) -> np.ndarray:
+        """Return the values in float64."""
+        return np.asarray(array).astype(np.float64)
+
+    def dtype_name(self, array: Any) -> str:
+        """Return ``"float32"`` and the like."""
+        return str(array.dtype).rsplit(".", maxsplit=1)[-1]
+
+    def is_native(self, array: Any) -> bool:
+        """Whether `array` is of this library, on the device that :meth:`asarray` uses."""
+        return isinstance(array, np.ndarray)
+
+    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
+        """Return the same values in the memory layouts that this library knows."""
+        return {name: strategies.layout(self.asarray(values, dtype), name) for name in strategies.LAYOUTS}
+
+    def autograd(self, function: Projector, logits: Any, grad: Any) -> Any:
+        """Return the vector-Jacobian product by the library's own differentiation."""
+        raise NotImplementedError(f"{self.name} has no automatic differentiation")
+
+    def second(self, function: Projector, logits: Any, grad: Any, direction: Any) -> Any:
+        """Return the gradient of <vjp(logits, grad), direction> with respect to the logits: double backward."""
+        raise NotImplementedError(f"{self.name} has no automatic differentiation")
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether :meth:`autograd` works."""
+        return False
+
+
+class StrictBackend(Backend):
+    """array-api-strict: the standard and nothing else."""
+
+    name = "array_api_strict"
+    module = "array_api_strict"
+    halves = ()
+
+    def asarray(self, values: np.ndarray, dtype: str) -> Any:
+        strict = importlib.import_module("array_api_strict")
+        return strict.asarray(np.array(values, dtype=dtype, order="C"), copy=True)
+
+    def is_native(self, array: Any) -> bool:
+        return type(array).__module__.startswith("array_api_strict")
+
+    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
+        return {"contiguous": self.asarray(values, dtype)}
+
+
+class TorchBackend(Backend):
+    """PyTorch on one device."""
+
+    name = "torch"
+    module = "torch"
+    device = "cpu"
+    halves = ("float16", "bfloat16")
+
+    def asarray(self, values: np.ndarray, dtype: str) -> Any:
+        torch = importlib.import_module("torch")
+        return torch.from_numpy(np.array(values, order="C")).to(device=self.device, dtype=getattr(torch, dtype))
+
+    def asnumpy(self, array: Any) -> np.ndarray:
+        torch = importlib.import_module("torch")
+        return array.detach().to(dtype=torch.float64).cpu().numpy()
+
+    def is_native(self, array: Any) -> bool:
+        return type(array).__module__.startswith("torch") and array.device.type == self.device
+
+    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
+        base = self.asarray(values, dtype)
+        size = base.shape[-1]
+        wide = base.new_full((*base.shape[:-1], 2 * size), float("nan"))
+        wide[..., ::2] = base
+        return {
+            "contiguous": base,
+            "transposed": base.mT.contiguous().mT,
+            "strided": wide[..., ::2],
+            "batch_last": base.movedim(0, -1).contiguous().movedim(-1, 0),
+        }
+
+    def autograd(self, function: Projector, logits: Any, grad: Any) -> Any:
+        torch = importlib.import_module("torch")
+        with torch.enable_grad(), self.kernels():
+            leaf = logits.detach().clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(function(leaf), leaf, grad)
+        return gradient
+
+    def second(self, function: Projector, logits: Any, grad: Any, direction: Any) -> Any:
+        torch = importlib.import_module("torch")
+        with torch.enable_grad(), self.kernels():
+            leaf = logits.detach().clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(function(leaf), leaf, grad, create_graph=True)
+            (second,) = torch.autograd.grad((gradient * direction).sum(), leaf)
+        return second
+
+    @property
+    def differentiates(self) -> bool:
+        return True
+
+
+class CudaBackend(TorchBackend):
+    """PyTorch on a CUDA device: kernels of CUDA C++ compiled at run time, array calls where there is none."""
+
+    name = "cuda"
+    device = "cuda"
+    leaves_out: tuple[str, ...] = ("triton", "triton-newton")
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec("torch") is None:
+            return "torch is not installed"
+        if not importlib.import_module("torch").cuda.is_available():
+            return "torch sees no CUDA device"
+        return super().missing()
+
+
+class TritonBackend(CudaBackend):
+    """PyTorch on a CUDA device: Triton kernels, array calls where there is none."""
+
+    name = "triton"
+    module = "triton"
+    leaves_out = ("cuda",)
+
+
+class CuPyBackend(Backend):
+    """CuPy on the current device."""
+
+    name = "cupy"
+    module = "cupy"
+
+    def missing(self) -> str | None:
+        absent = super().missing()
+        if absent:
+            return absent
+        try:
+            count = importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+        except Exception as error:
+            return f"cupy sees no CUDA device ({type(error).__name__})"
+        return None if count else "cupy sees no CUDA device"
+
+    def asarray(self, values: np.ndarray, dtype: str) -> Any:
+        return importlib.import_module("cupy").array(np.array(values, dtype=dtype, order="C"))
+
+    def asnumpy(self, array: Any) -> np.ndarray:
+        return importlib.import_module("cupy").asnumpy(array).astype(np.float64)
+
+    def is_native(self, array: Any) -> bool:
+        return type(array).__module__.startswith("cupy")
+
+    def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
+        cupy = importlib.import_module("cupy")
+        base = self.asarray(values, dtype)
+        wide = cupy.full((*base.shape[:-1], 2 * base.shape[-1]), cupy.nan, dtype=base.dtype)
+        wide[..., ::2] = base
+        return {
+            "contiguous": base,
+            "transposed": cupy.ascontiguousarray(base.swapaxes(-1, -2)).swapaxes(-1, -2),
+            "strided": wide[..., ::2],
+            "reversed": cupy.ascontiguousarray(base[..., ::-1, ::-1])[..., ::-1, ::-1],
+        }
+
+
+BACKENDS: dict[str, Backend] = {
+    one.name: one for one in (Backend(), StrictBackend(), TorchBackend(), CuPyBackend(), CudaBackend(), TritonBackend())
+}
+"""Every backend that the claims know, by the name that ``--backend`` takes."""
+
+
+def backend(name: str) -> Backend:
+    """Return a backend by name; ``ValueError`` lists the names, or says what is missing on this machine."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].missing()
+    if reason:
+        raise ValueError(f"backend {name!r} cannot run here: {reason}")
+    return BACKENDS[name]
+
+
+def installed_backends() -> list[str]:
+    """Return the names of the backends that can run on this machine.
+
+    array-api-strict is left out: it runs NumPy's code slowly, and is tried when it is named.
+    """
+    return [name for name, one in BACKENDS.items() if one.missing() is None and not isinstance(one, StrictBackend)]
+
+
+def with_dtypes(chosen: Backend, names: Sequence[str]) -> Backend:
+    """Return the same backend, trying only these dtypes; ``ValueError`` lists those it has."""
+    known = (*chosen.dtypes, *chosen.halves)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"dtypes {list(names)} on {chosen.name}; choose from {', '.join(known)}")
+    narrowed = copy.copy(chosen)
+    narrowed.dtypes = tuple(name for name in names if name in chosen.dtypes) or tuple(names)
+    narrowed.halves = tuple(name for name in names if name in chosen.halves)
+    return narrowed
