@@ -62,7 +62,8 @@ def parallelize(
     mesh = build_mesh(config, precision.device_type) if world.size > 1 else None
     if config.recompute != "none":
         stages = stage_sizes(len(model.sites), sizes["pipeline"])
-        apply_recompute(model, stages=stages, block=None if config.recompute == "auto" else int(config.recompute))
+        block = None if config.recompute == "auto" else int(config.recompute)
+        apply_recompute(model, stages=stages, block=block, compiled=compile)
     if mesh is not None and sizes["pipeline"] > 1:
         return PipelineEngine(model, mesh, precision, world=world, micro_batches=config.micro_batches)
     tensor_parallel = None

@@ -14,18 +14,42 @@ The minimum is taken over integers; rounding :math:`\sqrt{n L / (n + 2)}` misses
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mhc_layers._recompute import StreamRebuilder
 from mhc_layers.hyper_connection import HyperConnection
 from mhc_layers.models.transformer import StepContext, Transformer, WalkState
 
-__all__ = ["RecomputedWalk", "apply_recompute", "block_boundaries", "block_size", "recompute_elements"]
+__all__ = [
+    "RecomputedWalk",
+    "SelectiveWalk",
+    "apply_recompute",
+    "block_boundaries",
+    "block_size",
+    "connection_policy",
+    "recompute_elements",
+]
+
+_ATEN = torch.ops.aten
+_KEPT = frozenset(
+    {
+        _ATEN.mm.default,
+        _ATEN.addmm.default,
+        _ATEN._scaled_mm.default,
+        _ATEN._grouped_mm.default,
+        _ATEN._scaled_dot_product_flash_attention.default,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+        _ATEN._scaled_dot_product_efficient_attention.default,
+        _ATEN._scaled_dot_product_cudnn_attention.default,
+    }
+)
 
 
 def recompute_elements(num_layers: int, block: int, *, num_streams: int, dim: int = 1) -> int:
@@ -121,18 +145,55 @@ def block_boundaries(stages: Sequence[int], *, num_streams: int, block: int | No
     return boundaries
 
 
-def apply_recompute(model: Transformer, *, stages: Sequence[int] | None = None, block: int | None = None) -> None:
+def connection_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective-checkpoint policy: keep what matrix products and attention computed, run the rest again.
+
+    The connections are operators of their own (``torch.ops.mhc_layers.*``) or, in plain torch, batched products of
+    n x n matrices; both are run again, and so are norms and gates. No weight is multiplied twice.
+
+    Parameters
+    ----------
+    context : torch.utils.checkpoint.SelectiveCheckpointContext
+        Not used.
+    operator : torch._ops.OpOverload
+        What is about to run.
+    *args, **kwargs
+        Its arguments; not used.
+
+    Returns
+    -------
+    torch.utils.checkpoint.CheckpointPolicy
+        ``MUST_SAVE`` for products with weights and for attention, ``PREFER_RECOMPUTE`` for everything else.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mhc_layers.parallel.recompute import connection_policy
+    >>> connection_policy(None, torch.ops.aten.mm.default).name
+    'MUST_SAVE'
+    >>> connection_policy(None, torch.ops.aten.bmm.default).name
+    'PREFER_RECOMPUTE'
+    """
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_recompute(
+    model: Transformer, *, stages: Sequence[int] | None = None, block: int | None = None, compiled: bool = False
+) -> None:
     """Make a model's forward pass recompute its connections in blocks of sites.
 
     Parameters
     ----------
     model : Transformer
-        Changed in place: its ``walk`` becomes a :class:`RecomputedWalk`. Its own ``recompute_layers``, which runs the
-        sublayers again as well, must be off.
+        Changed in place: its ``walk`` becomes a :class:`RecomputedWalk` or a :class:`SelectiveWalk`. Its own
+        ``recompute_layers``, which runs the sublayers again as well, must be off.
     stages : sequence of int, optional
         Sites of each pipeline stage; all in one by default.
     block : int, optional
         Sites of a block; the argmin of :func:`recompute_elements` by default.
+    compiled : bool
+        Whether ``torch.compile`` will trace the model. It cannot trace hooks on saved tensors, so a
+        :class:`SelectiveWalk` is taken.
 
     Raises
     ------
@@ -145,6 +206,9 @@ def apply_recompute(model: Transformer, *, stages: Sequence[int] | None = None, 
         )
     sizes = stages or [len(model.sites)]
     boundaries = block_boundaries(sizes, num_streams=model.config.num_streams, block=block)
+    if compiled:
+        model.walk = SelectiveWalk(model.walk, boundaries)  # type: ignore[method-assign]
+        return
     starts = {id(model.sites[first]) for first, _ in boundaries}
     model.walk = RecomputedWalk(model.walk, starts)  # type: ignore[method-assign]
 
@@ -178,6 +242,53 @@ class RecomputedWalk:
                 last += 1
             state = _Block(sites[first:last], state).run(context)
             first = last
+        return state
+
+
+class SelectiveWalk:
+    """Passes streams through all sites in selectively checkpointed blocks; ``torch.compile(fullgraph=True)`` traces it.
+
+    Under the compiler, only what the backward pass needs of the kept operators' results is stored, and what is run
+    again is fused. Without it, every result of a kept operator is stored.
+
+    Parameters
+    ----------
+    walk : callable
+        The walk it replaces, used where no gradient is needed, keys and values are cached, or sites are given.
+    boundaries : sequence of (int, int)
+        First and one-past-last site of each block.
+    policy : callable
+        What is kept, :func:`connection_policy` by default.
+    """
+
+    def __init__(
+        self,
+        walk: Callable[..., WalkState],
+        boundaries: Sequence[tuple[int, int]],
+        policy: Callable[..., CheckpointPolicy] = connection_policy,
+    ) -> None:
+        self._walk = walk
+        self._boundaries = list(boundaries)
+        self._contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def __call__(
+        self, state: WalkState, context: StepContext, sites: Sequence[HyperConnection] | None = None
+    ) -> WalkState:
+        if not torch.is_grad_enabled() or context.caches is not None or sites is not None:
+            return self._walk(state, context, sites)
+        every = list(self._walk.__self__.sites)  # type: ignore[attr-defined]
+        for first, last in self._boundaries:
+            state = WalkState(
+                *checkpoint(
+                    self._walk,
+                    state,
+                    context,
+                    every[first:last],
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=self._contexts,
+                )
+            )
         return state
 
 

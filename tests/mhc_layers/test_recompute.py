@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
-from mhc_layers import Transformer
+from mhc_layers import PAPER, Transformer
+from mhc_layers._torch_ops import fused_site
 from mhc_layers.parallel.recompute import (
     RecomputedWalk,
+    SelectiveWalk,
     apply_recompute,
     block_boundaries,
     block_size,
+    connection_policy,
     recompute_elements,
 )
 from tests.mhc_layers.training_cases import tiny_model
@@ -85,6 +91,86 @@ def test_gradients_have_the_same_bits(case, block):
     assert expected.keys() == actual.keys()
     for name in expected:
         assert torch.equal(expected[name], actual[name]), name
+
+
+def use_fused(model):
+    for site in model.sites:
+        site.requested_implementation = site._implementation = fused_site(PAPER)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_selective_blocks_give_the_same_bits_and_keep_less(fused):
+    torch.manual_seed(0)
+    model = Transformer(tiny_model(num_layers=3, dim=32, hidden_dim=32))
+    if fused:
+        use_fused(model)
+    loss, expected = gradients(model)
+    tokens = torch.randint(256, (8, 33))
+    everything = kept_bytes(model, tokens)
+    apply_recompute(model, block=2, compiled=True)
+    assert isinstance(model.walk, SelectiveWalk)
+    again, actual = gradients(model)
+    assert torch.equal(loss, again)
+    for name in expected:
+        assert torch.equal(expected[name], actual[name]), name
+    assert kept_bytes(model, tokens) < 0.6 * everything
+
+
+class CountRuns(TorchDispatchMode):
+    """Counts the operators that really run."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.runs[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_policies_see_the_operators_of_fused_sites():
+    seen = set()
+
+    def policy(context, operator, *args, **kwargs):
+        seen.add(str(operator))
+        return connection_policy(context, operator)
+
+    model = Transformer(tiny_model(num_layers=2))
+    use_fused(model)
+    with CountRuns() as once:
+        gradients(model)
+    model.walk = SelectiveWalk(model.walk, [(0, 4)], policy)
+    with CountRuns() as blocks:
+        gradients(model)
+    operators = [f"mhc_layers.{name}.default" for name in ("pre_forward", "boundary_forward", "post_forward")]
+    assert set(operators) <= seen
+    assert [once.runs[name] for name in operators] == [1, 3, 1]
+    assert [blocks.runs[name] for name in operators[:2]] == [2, 6]  # the last write is not needed again
+    for name in ("aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"):
+        assert blocks.runs[name] == once.runs[name] > 0, name
+
+
+def test_the_policy_keeps_products_with_weights():
+    kept = {op for op in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.silu.default)
+            if connection_policy(None, op) == CheckpointPolicy.MUST_SAVE}  # fmt: skip
+    assert kept == {torch.ops.aten.mm.default}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compiled_model_recomputes_in_one_graph(fused):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Transformer(tiny_model(num_layers=2))
+    if fused:
+        use_fused(model)
+    _, expected = gradients(model)
+    apply_recompute(model, compiled=True)
+    model.loss = torch.compile(model.loss, fullgraph=True)
+    _, actual = gradients(model)
+    for name in expected:
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5 * scale + 1e-8, msg=name)
 
 
 def test_bfloat16_streams_and_a_second_backward_pass():

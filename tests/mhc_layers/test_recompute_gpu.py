@@ -1,0 +1,128 @@
+"""Recompute blocks on a CUDA device: bytes as the allocator counts them, equal gradients, one compiled graph."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_layers import Transformer, TransformerConfig
+from mhc_layers._recompute import kept_bytes
+from mhc_layers._torch_ops import FusedSite
+from mhc_layers.models.transformer import WalkState
+from mhc_layers.parallel.recompute import apply_recompute, block_boundaries, block_size
+
+pytestmark = pytest.mark.gpu
+N = 4
+
+
+class Shift(torch.nn.Module):
+    """A sublayer that keeps nothing for its backward."""
+
+    def forward(self, u: Tensor, context: Any) -> Tensor:
+        return u + 1.0
+
+
+def bare_model(dim: int, sites: int) -> Transformer:
+    """Fused sites around sublayers that keep nothing."""
+    with torch.device("cuda"):
+        model = Transformer(
+            TransformerConfig(
+                vocab_size=8, dim=dim, num_layers=sites // 2, num_heads=dim // 64, hidden_dim=32, max_seq_len=4096
+            )
+        )
+    for site in model.sites:
+        site.sublayer = Shift()
+        assert isinstance(site.implementation, FusedSite)
+    return model
+
+
+def allocated() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+def kept_after_walk(model: Transformer, x: Tensor) -> int:
+    """Bytes that a walk leaves allocated, without its result."""
+    context = model.context(x.shape[1])
+    before = allocated()
+    state = model.walk(WalkState(x), context)
+    kept = allocated() - before - state.x.untyped_storage().nbytes()
+    state.x.backward(torch.ones_like(state.x))
+    return kept
+
+
+@pytest.mark.parametrize("dim", [2048, 4096])
+def test_the_allocator_counts_what_the_formula_says(dim: int) -> None:
+    tokens, sites = 2048, 8
+    model = bare_model(dim, sites)
+    x = torch.randn(1, tokens, N, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    kept_after_walk(model, x)  # compiles
+    everything = kept_after_walk(model, x)
+    block = block_size(sites, num_streams=N)
+    apply_recompute(model)
+    kept_after_walk(model, x)
+    measured = kept_after_walk(model, x)
+    blocks = block_boundaries([sites], num_streams=N, block=block)
+    formula = sum(kept_bytes(tokens, last - first, N, dim) for first, last in blocks)
+    formula -= x.untyped_storage().nbytes()  # the first block was entered with x, which is the caller's
+    print(f"C={dim} tokens={tokens} sites={sites} block={block}: everything {everything}, kept {measured}, {formula=}")
+    # the allocator hands out multiples of 512 bytes; the last coefficients are those of the result's state
+    assert formula <= measured <= formula + 512 * 8 * sites
+    streams = 2 * tokens * N * dim
+    assert everything - measured >= (sites - len(blocks)) * streams
+
+
+def small_model(**changes: Any) -> Transformer:
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"vocab_size": 256, "dim": 256, "num_layers": 3, "num_heads": 4, "max_seq_len": 256}
+    model = Transformer(TransformerConfig(**(fields | changes))).cuda()
+    with torch.no_grad():
+        for site in model.sites:
+            site.phi.normal_(std=0.02)
+            for gate in (site.alpha_pre, site.alpha_post, site.alpha_res):
+                gate.fill_(0.1)
+    return model
+
+
+def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
+    text = torch.randint(256, (4, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _ = model.loss(text[:, :-1], text[:, 1:])
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        scale = float(value.norm()) + 1e-12
+        assert float((actual[name] - value).norm()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("convention", ["paper", "deepseek_v4", "deepseek_v41"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_recompute_blocks(convention: str, compiled: bool) -> None:
+    model = small_model(convention=convention)
+    loss, expected = loss_and_gradients(model)
+    apply_recompute(model, compiled=compiled)
+    again, actual = loss_and_gradients(model)
+    assert torch.equal(loss, again)
+    equal = sum(torch.equal(expected[name], actual[name]) for name in expected)
+    print(f"{convention} {'selective' if compiled else 'blocks'}: {equal} of {len(expected)} gradients bitwise equal")
+    assert_same(expected, actual, 1e-3)
+
+
+def test_a_compiled_model_recomputes_in_one_graph() -> None:
+    torch._dynamo.reset()
+    model = small_model()
+    loss, expected = loss_and_gradients(model)
+    apply_recompute(model, compiled=True)
+    model.loss = torch.compile(model.loss, fullgraph=True)  # type: ignore[method-assign]
+    again, actual = loss_and_gradients(model)
+    torch.testing.assert_close(again, loss, rtol=5e-3, atol=0.0)
+    assert_same(expected, actual, 0.1)
