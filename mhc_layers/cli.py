@@ -27,7 +27,7 @@ from mhc_layers.training.config import TrainConfig
 from mhc_layers.training.data import load_corpus
 from mhc_layers.training.errors import TrainingError
 from mhc_layers.training.inspection import inspect_model, load_model
-from mhc_layers.training.loop import choose_device
+from mhc_layers.training.loop import choose_device, choose_precision
 from mhc_layers.training.report import inspection_table, rounded_down, rounded_up, sample_text
 from mhc_layers.training.run import (
     check_resumable,
@@ -98,6 +98,8 @@ class Inspect:
     """File or folder whose held-out part is read. Default: the data of the run."""
     tokens: int = 256
     """Tokens whose operators are certified."""
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'; streams have the dtype that a run has there."""
     io: bool = False
     """Print the memory traffic of the connections instead."""
     recipe: str = "tiny_cpu"
@@ -181,6 +183,8 @@ def _parse(arguments: list[str]) -> tuple[object, tuple[Checkpoint, Path] | None
             default = resumed_config(resumed[0])
     if default is None:
         default = get_recipe(_value(arguments, "--recipe") or "tiny_cpu")
+    if resumed is None:
+        arguments = _with_derived_sizes(arguments, default.model)
     recipes = ", ".join(sorted(RECIPES))
     command = tyro.cli(
         Annotated[Train, tyro.conf.subcommand("train", default=Train(config=default))]
@@ -245,14 +249,21 @@ def _inspect(command: Inspect, console: Console) -> int:
         return 0
     if command.checkpoint is None:
         raise ValueError("inspect needs a run directory or a checkpoint, such as runs/tiny_cpu-mhc; or --io")
-    model, config, checkpoint = load_model(command.checkpoint)
+    if command.tokens < 1:
+        raise ValueError(f"--tokens is {command.tokens}; it must be 1 or more")
+    device = choose_device(command.device)
+    model, config, checkpoint = load_model(command.checkpoint, device=device)
+    precision = choose_precision(config, device)
+    dtype = str(precision.stream_dtype).removeprefix("torch.")
     corpus = load_corpus(
         command.data or config.data.path,
         held_out=config.data.held_out,
         suffixes=config.data.suffixes,
         min_bytes=config.data.seq_len + 1,
     )
-    inspection = inspect_model(model, corpus.held_out, seq_len=config.data.seq_len, tokens=command.tokens)
+    inspection = inspect_model(
+        model, corpus.held_out, seq_len=config.data.seq_len, tokens=command.tokens, precision=precision
+    )
     console.print(inspection_table(inspection))
     certificate = inspection.measurement.certificate
     if certificate is not None:
@@ -266,8 +277,8 @@ def _inspect(command: Inspect, console: Console) -> int:
             soft_wrap=True,
         )
     console.print(
-        f"checkpoint of step {checkpoint.step}, text {corpus.record.source} (held-out part), sha256 "
-        f"{corpus.record.sha256}",
+        f"checkpoint of step {checkpoint.step}, {dtype} streams on {device}, text {corpus.record.source} (held-out "
+        f"part), sha256 {corpus.record.sha256}",
         highlight=False,
         soft_wrap=True,
     )
@@ -333,6 +344,18 @@ def _with_bare_resume(arguments: list[str]) -> list[str]:
         following = arguments[index + 1 : index + 2]
         if word == "--resume" and (not following or following[0].startswith("--")):
             words.append("latest")
+    return words
+
+
+def _with_derived_sizes(arguments: list[str], model: TransformerConfig) -> list[str]:
+    """Derive key-value heads and hidden width anew where their source is changed and the recipe left them derived."""
+    fresh = model.replace(num_kv_heads=None, hidden_dim=None)
+    words = list(arguments)
+    for source, derived in (("num_heads", "num_kv_heads"), ("dim", "hidden_dim")):
+        option = f"--model.{derived.replace('_', '-')}"
+        changed = _value(arguments, f"--model.{source.replace('_', '-')}") is not None
+        if changed and _value(arguments, option) is None and getattr(model, derived) == getattr(fresh, derived):
+            words += [option, "None"]
     return words
 
 

@@ -166,6 +166,9 @@ class TrainConfig:
         CPU threads of a process; 0 leaves the choice to torch.
     compile : bool
         Compile the model with ``torch.compile``.
+    deterministic : bool
+        On a GPU, take kernels whose sums have a fixed order, so that a resumed run has the same bits. On a CPU they
+        always have.
     log_every : int
         Steps between lines in the metrics file.
     data, eval, optim, schedule, monitor, checkpoint, parallel
@@ -185,6 +188,7 @@ class TrainConfig:
     stream_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int = 0
     compile: bool = False
+    deterministic: bool = True
     log_every: int = 10
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

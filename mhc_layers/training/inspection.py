@@ -11,6 +11,7 @@ import torch
 import birkhoff
 from mhc_layers.hyper_connection import capture_coefficients
 from mhc_layers.models.transformer import Transformer
+from mhc_layers.parallel.engine import Precision
 from mhc_layers.training.checkpoint import Checkpoint, load_checkpoint, load_parameters
 from mhc_layers.training.config import TrainConfig, decode
 from mhc_layers.training.data import evaluation_windows
@@ -76,7 +77,9 @@ def load_model(path: Path, *, device: torch.device | None = None) -> tuple[Trans
     return model.to(device or torch.device("cpu")).eval(), config, checkpoint
 
 
-def inspect_model(model: Transformer, data: np.ndarray, *, seq_len: int, tokens: int = 256) -> Inspection:
+def inspect_model(
+    model: Transformer, data: np.ndarray, *, seq_len: int, tokens: int = 256, precision: Precision | None = None
+) -> Inspection:
     """Run a model on real bytes and certify its operators.
 
     Parameters
@@ -89,6 +92,8 @@ def inspect_model(model: Transformer, data: np.ndarray, *, seq_len: int, tokens:
         Bytes of a sequence.
     tokens : int
         Tokens whose operators are certified, spread over several sequences.
+    precision : Precision, optional
+        Dtype of the streams, float32 by default. Give that of the run to certify the operators that it applies.
 
     Returns
     -------
@@ -97,7 +102,8 @@ def inspect_model(model: Transformer, data: np.ndarray, *, seq_len: int, tokens:
     """
     windows = evaluation_windows(data, seq_len=seq_len, max_bytes=max(tokens, 4 * seq_len))
     device = next(model.parameters()).device
-    with torch.no_grad(), capture_coefficients(model) as captured:
+    precision = precision or Precision(device_type=device.type)
+    with torch.no_grad(), precision.context(), capture_coefficients(model) as captured:
         model(torch.from_numpy(windows[:, :-1]).to(device).long())
     coefficients = fetch(captured, tokens=tokens)
     measurement = measure(coefficients, certify=True)

@@ -8,6 +8,7 @@ same number of threads).
 from __future__ import annotations
 
 import math
+import os
 import random
 import resource
 import signal
@@ -108,6 +109,8 @@ class Trainer:
         Steps done.
     engine : Engine
         Runs the model.
+    precision : Precision
+        Dtype of its streams.
     monitor : Monitor
         Measures its connections.
 
@@ -139,9 +142,12 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         seed_everything(config.seed)
+        if self.device.type == "cuda" and config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+        self.precision = choose_precision(config, self.device)
         model = Transformer(config.model).to(self.device)
         self.engine: Engine = parallelize(
-            model, config.parallel, choose_precision(config, self.device), world=self.world, compile=config.compile
+            model, config.parallel, self.precision, world=self.world, compile=config.compile
         )
         self.optimizers = build_optimizers(self.engine.model, config.optim)
         self.windows = ByteWindows(
@@ -185,6 +191,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self.view)
             stack.callback(self.log.close)
+            stack.enter_context(_repeatable(config.deterministic and self.device.type == "cuda"))
             if self.first_bits is None:
                 self.first_bits = self._validate()
             started = time.perf_counter() - self.seconds
@@ -346,6 +353,23 @@ class Trainer:
         flag = torch.tensor(int(wanted), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+@contextmanager
+def _repeatable(wanted: bool) -> Iterator[None]:
+    """Let torch take kernels whose sums have a fixed order, and warn where it has none."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # memory that is written before it is read
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def choose_device(name: str, world: World | None = None) -> torch.device:

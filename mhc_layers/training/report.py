@@ -108,7 +108,7 @@ def make_report(trainer: Trainer, model: Transformer, *, bits_per_byte: float) -
         Certificate, gains, streams and sample are made now, on held-out data.
     """
     config = trainer.config
-    inspection = inspect_model(model, trainer.corpus.held_out, seq_len=config.data.seq_len)
+    inspection = inspect_model(model, trainer.corpus.held_out, seq_len=config.data.seq_len, precision=trainer.precision)
     certificate = inspection.measurement.certificate
     composite, streams = inspection.measurement.composite, inspection.measurement.streams
     if certificate is None:

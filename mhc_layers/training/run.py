@@ -27,7 +27,18 @@ from mhc_layers.training.report import Report, make_report, show_report, write_r
 
 __all__ = ["RunResult", "check_resumable", "latest_run", "new_folder", "resumed_config", "run"]
 
-_MAY_CHANGE = ("device", "threads", "log_every", "eval", "monitor", "checkpoint", "steps", "parallel", "compile")
+_MAY_CHANGE = (
+    "device",
+    "threads",
+    "log_every",
+    "eval",
+    "monitor",
+    "checkpoint",
+    "steps",
+    "parallel",
+    "compile",
+    "deterministic",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
