@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.ahead import compile_ahead
 from benchmarks.device import copy_rate, free, machine
 from benchmarks.layer_kernels import measure_kernels
 from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows, survives
@@ -52,33 +50,14 @@ SHAPES = ((16384, 4096), (16384, 1280), (16384, 7168), (4096, 1280), (4096, 4096
 _IMPLEMENTATIONS = {peer.name: peer for peer in (*OURS, *PEERS)}
 
 
-def compile_ahead(shapes: list[tuple[int, int]], n: int, names: list[str], jobs: int, seconds: float) -> str:
-    """Compile in parallel processes, so that the measuring process finds everything in the caches on disk.
-
-    Returns what happened in a sentence. A failure here is no error: the measurement meets it again and reports it.
-    """
+def _jobs(shapes: list[tuple[int, int]], n: int, names: list[str]) -> list[list[str]]:
+    """One command for each implementation that compiles and each shape, the slowest first."""
     work = [(name, shape) for name in names if _IMPLEMENTATIONS[name].builds for shape in shapes]
-    work.sort(key=lambda item: item[0] != "TileKernels")  # the slowest first
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
-    stop = time.monotonic() + seconds
-
-    def job(item: tuple[str, tuple[int, int]]) -> int:
-        name, (m, c) = item
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "layer", "--compile-only"]
-        command += ["--names", name, "--shapes", f"{m}x{c}", "--streams", str(n)]
-        left = stop - time.monotonic()
-        if left <= 0:
-            return -1
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, timeout=left, check=False)
-        except subprocess.TimeoutExpired:
-            return -1
-        return done.returncode
-
-    start = time.monotonic()
-    with ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(job, work))
-    return f"{codes.count(0)} of {len(codes)} jobs compiled ahead, {time.monotonic() - start:.0f} s"
+    work.sort(key=lambda item: item[0] != "TileKernels")
+    return [
+        ["layer", "--compile-only", "--names", name, "--shapes", f"{m}x{c}", "--streams", str(n)]
+        for name, (m, c) in work
+    ]
 
 
 def _row(peer: Peer, n: int, c: int, inputs: list[Inputs], chain: int) -> dict[str, Any]:
@@ -140,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", type=_shape, nargs="+", default=list(SHAPES), help="TOKENSxDIM ...")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--names", nargs="+", choices=list(_IMPLEMENTATIONS), help="only these implementations")
-    parser.add_argument("--chain", type=int, default=8, help="sites of the longer chain; 0 leaves chains out")
+    parser.add_argument("--chain", type=int, default=12, help="sites of the longer chain; 0 leaves chains out")
     parser.add_argument("--kernels", action="store_true", help="also time each kernel alone against its own bytes")
     parser.add_argument("--seconds", type=float, default=600.0, help="start no row later than this")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
@@ -175,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         start = time.monotonic()
         if arguments.jobs:
-            done = compile_ahead(arguments.shapes, arguments.streams, names, arguments.jobs, arguments.seconds / 2)
+            commands = _jobs(arguments.shapes, arguments.streams, names)
+            done = compile_ahead(commands, arguments.jobs, arguments.seconds / 2)
             print(done, file=sys.stderr, flush=True)
 
         def save() -> None:

@@ -267,8 +267,8 @@ def _times_of_the_steps(runner: Any, inputs: list[Inputs]) -> dict[str, Any]:
 def _measure_chains(peer: Peer, parameters: Parameters, n: int, inputs: list[Inputs], length: int) -> dict[str, Any]:
     """Time chains of half the length and of the length, with fused boundaries and with separate steps.
 
-    Each is given per site of the longer chain, its two ends included, and per site that the longer one has more than
-    the shorter, which leaves the ends out.
+    Each is given per site of both chains, their two ends included, and per site that the longer one has more than the
+    shorter, which leaves the ends out.
     """
     m, _, c = inputs[0].x.shape
     result: dict[str, Any] = {"length": length}
@@ -297,6 +297,7 @@ def _per_site(times: dict[int, Times], length: int) -> dict[str, Any]:
     row = {"called_us": long.called / length, "graph_us": None, "graph_refused": long.refused}
     if long.graph is not None:
         row["graph_us"] = long.graph / length
+    row["half_us"] = short.best / (length // 2)
     row["site_us"] = (long.best - short.best) / (length - length // 2)
     return row
 

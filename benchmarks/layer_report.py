@@ -55,14 +55,17 @@ def _chains(shape: dict[str, Any]) -> list[str]:
             chain = row["chain"][how]
             cells = [f"{row['name']}, {words}"]
             for step in ("forward", "both"):
-                cells.append(_ratio(best_us(chain[step]), floor[step]))
-                cells.append(_ratio(chain[step]["site_us"], floor[step]))
+                found = (chain[step]["half_us"], best_us(chain[step]), chain[step]["site_us"])
+                cells += [_ratio(value, floor[step]) for value in found]
             rows.append([*cells, _ratio(chain["both"]["called_us"], floor["both"]), f"{chain['kept_per_site']:.0f}"])
     if not rows:
         return []
-    header = ["per site of a chain", "forward", "forward, without the ends", "fwd+bwd", "fwd+bwd, without the ends"]
+    short = length // 2
+    header = ["per site of a chain"]
+    for step in ("forward", "fwd+bwd"):
+        header += [f"{step}, {short} sites", f"{step}, {length} sites", f"{step}, without the ends"]
     header += ["fwd+bwd as called", "kept, bytes"]
-    text = f"Chains of {length} sites. Without the ends: what each site adds beyond a chain of {length // 2}."
+    text = f"Chains of {short} and {length} sites. Without the ends: what each of the last {length - short} sites adds."
     return ["", text, "", *_table(header, rows)]
 
 

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device, layer, layer_bars, layer_kernels, layer_measure, layer_peers, layer_report, training
+from benchmarks import (
+    ahead,
+    device,
+    layer,
+    layer_bars,
+    layer_kernels,
+    layer_measure,
+    layer_peers,
+    layer_report,
+    training,
+)
 from mhc_layers import PAPER
 from mhc_layers._torch_ops import fused_site
 
@@ -55,6 +65,17 @@ def test_a_wrong_convention_fails_the_gate() -> None:
 
 def test_every_implementation_is_in_one_group_and_can_be_asked_for() -> None:
     assert sorted(name for group in layer.GROUPS for name in group) == sorted(layer._IMPLEMENTATIONS)
+
+
+def test_jobs_that_compile_ahead_start_with_the_slowest() -> None:
+    jobs = layer._jobs([(16, 32), (8, 32)], 4, ["Liger", "eager, fp32", "TileKernels"])
+    assert [job[3] for job in jobs] == ["TileKernels", "TileKernels", "Liger", "Liger"]
+    assert layer._parser().parse_args(jobs[0][1:]).shapes == [(16, 32)]
+
+
+def test_a_job_that_fails_or_is_late_is_counted_and_not_raised() -> None:
+    assert ahead.compile_ahead([["--help"], ["no such benchmark"]], 2, 60.0).startswith("1 of 2 jobs")
+    assert ahead.compile_ahead([["--help"]], 1, -1.0).startswith("0 of 1 jobs")
 
 
 def test_what_is_not_reproducible_is_seen() -> None:
@@ -117,7 +138,7 @@ def test_a_run_measures_by_groups_saves_each_row_and_stops_in_time() -> None:
     layer.run(shapes, 4, names, 4, 600.0, report, lambda: saved.append(layer_report.markdown(report)))
     assert len(saved) == 7 and [row["name"] for row in report["shapes"][1]["rows"]] == names
     fused, liger, eager = report["shapes"][0]["rows"]
-    assert fused["chain"]["fused"]["both"] == times(50.0, 25.0) | {"site_us": 0.0}
+    assert fused["chain"]["fused"]["both"] == times(50.0, 25.0) | {"site_us": 0.0, "half_us": 50.0}
     assert fused["same_bits"] and "not installed" in liger["skipped"] and eager["both"]["called_us"] == 800.0
     assert "| ours, fused, fused boundaries |" in saved[0]
     layer.run(shapes, 4, names, 4, -1.0, report, lambda: None)
@@ -155,7 +176,12 @@ def layer_report_of(*rows: dict) -> dict:
 
 def chained(graph: float, site: float) -> dict:
     both, forward = times(graph + 100, graph), times(500.0, 450.0)
-    return {"forward": forward | {"site_us": 440.0}, "both": both | {"site_us": site}, "kept_per_site": 1.0, "peak": 1}
+    return {
+        "forward": forward | {"site_us": 440.0, "half_us": 460.0},
+        "both": both | {"site_us": site, "half_us": 1510.0},
+        "kept_per_site": 1.0,
+        "peak": 1,
+    }
 
 
 OURS = layer_row(
@@ -169,7 +195,8 @@ def test_layer_report_names_what_was_not_timed(tmp_path: Path) -> None:
     report = layer_report_of(OURS, {"name": "b", "skipped": "not installed: b"})
     text = layer_report.markdown(report)
     assert "| ours, fused | 2.00 (400) |" in text and "- b: not installed: b" in text
-    assert "| ours, fused, fused boundaries | 1.12 (450) | 1.10 (440) | 1.50 (1500) | 1.49 (1490) |" in text
+    forward, both = "1.15 (460) | 1.12 (450) | 1.10 (440)", "1.51 (1510) | 1.50 (1500) | 1.49 (1490)"
+    assert f"| ours, fused, fused boundaries | {forward} | {both} |" in text
     layer_report.plot(report, tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
 
