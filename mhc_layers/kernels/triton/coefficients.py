@@ -201,7 +201,7 @@ def project(
     """
     num_rows, k = phi.shape
     num_tokens, device = x.numel() // k, x.device
-    start, num_splits = _project_launch(num_tokens, num_rows, *x.shape[-2:], x.dtype, device, config)
+    start, num_splits = project_launch(num_tokens, num_rows, *x.shape[-2:], x.dtype, device, config)
     slabs = torch.empty((num_splits, num_tokens, num_rows), dtype=torch.float32, device=device)
     squares = torch.empty((num_splits, num_tokens), dtype=torch.float32, device=device)
     if num_tokens:
@@ -210,7 +210,7 @@ def project(
 
 
 @functools.lru_cache(maxsize=1024)
-def _project_launch(
+def project_launch(
     num_tokens: int,
     num_rows: int,
     num_streams: int,
@@ -286,13 +286,13 @@ def finish(
     proj = torch.empty_like(coef)
     rstd = torch.empty(lead, dtype=torch.float32, device=slabs.device)
     if num_tokens:
-        start = _finish_launch(num_splits, num_tokens, num_rows, k, options, slabs.device, config)
+        start = finish_launch(num_splits, num_tokens, num_rows, k, options, slabs.device, config)
         start(slabs, squares, *alphas, bias, coef, proj, rstd)
     return coef, proj, rstd
 
 
 @functools.lru_cache(maxsize=1024)
-def _finish_launch(
+def finish_launch(
     num_splits: int,
     num_tokens: int,
     num_rows: int,

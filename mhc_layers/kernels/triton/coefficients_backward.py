@@ -232,7 +232,7 @@ def finish_backward(
     num_tokens = rstd.numel()
     two_terms = stream_dtype == torch.bfloat16
     device = proj.device
-    start, mix_shape, dz_shape, params_shape = _finish_backward_launch(
+    start, mix_shape, dz_shape, params_shape = finish_backward_launch(
         num_tokens,
         num_rows,
         k,
@@ -254,7 +254,7 @@ def finish_backward(
 
 
 @functools.lru_cache(maxsize=1024)
-def _finish_backward_launch(
+def finish_backward_launch(
     num_tokens: int,
     num_rows: int,
     k: int,

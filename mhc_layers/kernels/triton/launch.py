@@ -18,7 +18,7 @@ import torch
 
 from birkhoff.kernels.cuda.launcher import PreparedLaunch
 
-__all__ = ["Launch", "launch"]
+__all__ = ["Chain", "Launch", "launch"]
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 _PREPARED: dict[tuple[Any, ...], Launch] = {}
@@ -77,6 +77,11 @@ class Launch:
                 return
         self._first(tensors, dtypes, addresses)
 
+    def start_on(self, index: int) -> Start | None:
+        """What launches on a device, given aligned addresses of the dtypes seen first; None before a first launch."""
+        ready = self._ready
+        return ready[2] if ready is not None and ready[1] == index else None
+
     def _first(
         self, tensors: tuple[torch.Tensor, ...], dtypes: tuple[torch.dtype, ...], addresses: tuple[int, ...]
     ) -> None:
@@ -124,6 +129,42 @@ class Launch:
             compiled[grid](*addresses, *values, stream=stream)
 
         return start
+
+
+class Chain:
+    """Launches of one step that share their tensors and scratch memory, and one check of these.
+
+    Call :meth:`ready` with all tensors of the step. The first time it returns None: run each launch by itself on
+    tensors, then call :meth:`remember`. From then on it returns the addresses, the stream, and what starts each launch.
+    """
+
+    __slots__ = ("_launches", "_ready")
+
+    def __init__(self, *launches: Launch) -> None:
+        self._launches = launches
+        self._ready: tuple[tuple[torch.dtype, ...], int, tuple[Start, ...]] | None = None
+
+    def ready(self, *tensors: torch.Tensor) -> tuple[tuple[int, ...], int, tuple[Start, ...]] | None:
+        """Addresses of the tensors, the current stream, and the launches; None where they must run one by one."""
+        ready = self._ready
+        if ready is None:
+            return None
+        dtypes, index, starts = ready
+        addresses = tuple(map(_address, tensors))
+        if (
+            functools.reduce(operator.or_, addresses) & 15
+            or tuple(map(_dtype, tensors)) != dtypes
+            or not tensors[0].get_device() == index == torch.cuda.current_device()
+        ):
+            return None
+        return addresses, torch._C._cuda_getCurrentRawStream(index), starts
+
+    def remember(self, *tensors: torch.Tensor) -> None:
+        """Note that all launches have run on these tensors."""
+        index = tensors[0].get_device()
+        starts = tuple(launch.start_on(index) for launch in self._launches)
+        if all(start is not None for start in starts):
+            self._ready = (tuple(map(_dtype, tensors)), index, starts)
 
 
 def launch(

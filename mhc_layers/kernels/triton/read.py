@@ -43,12 +43,12 @@ def read_forward(x: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | Non
     num_tokens = x.numel() // (num_streams * dim)
     u = torch.empty((*lead, dim), dtype=x.dtype, device=x.device)
     if num_tokens:
-        _launch(num_tokens, num_streams, dim, coef.stride(-2), x.dtype, x.device, config)(x, coef, u)
+        read_launch(num_tokens, num_streams, dim, coef.stride(-2), x.dtype, x.device, config)(x, coef, u)
     return u
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(
+def read_launch(
     num_tokens: int,
     num_streams: int,
     dim: int,

@@ -49,12 +49,12 @@ def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None
     num_tokens = x.numel() // (num_streams * dim)
     dots = torch.empty((*lead, num_streams), dtype=torch.float32, device=x.device)
     if num_tokens:
-        _launch(num_tokens, num_streams, dim, x.dtype, x.device, config)(gu, x, dots)
+        read_backward_launch(num_tokens, num_streams, dim, x.dtype, x.device, config)(gu, x, dots)
     return dots
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(
+def read_backward_launch(
     num_tokens: int, num_streams: int, dim: int, dtype: torch.dtype, device: torch.device, config: RowConfig | None
 ) -> Launch:
     if config is None:

@@ -187,7 +187,7 @@ def streams_backward(
     dx = torch.empty_like(x)
     if num_tokens == 0:
         return dx, torch.empty((0, num_rows, k), dtype=torch.float32, device=device)
-    start, num_splits = _streams_backward_launch(
+    start, num_splits = streams_backward_launch(
         num_tokens,
         *x.shape[-2:],
         dz.shape[-1],
@@ -204,7 +204,7 @@ def streams_backward(
 
 
 @functools.lru_cache(maxsize=1024)
-def _streams_backward_launch(
+def streams_backward_launch(
     num_tokens: int,
     num_streams: int,
     dim: int,
@@ -259,12 +259,12 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
         return dphi_slabs.new_zeros((num_rows, k)), params.new_zeros((padded + 4,))
     dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
     dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
-    _reduce_launch(num_splits, num_rows * k, params.shape[0], padded, params.device)(dphi_slabs, params, dphi, dparams)
+    reduce_launch(num_splits, num_rows * k, params.shape[0], padded, params.device)(dphi_slabs, params, dphi, dparams)
     return dphi, dparams
 
 
 @functools.lru_cache(maxsize=1024)
-def _reduce_launch(num_splits: int, size: int, programs: int, padded: int, device: torch.device) -> Launch:
+def reduce_launch(num_splits: int, size: int, programs: int, padded: int, device: torch.device) -> Launch:
     block = 16384 if is_interpreting() else 256
     constants = {"SIZE": size, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 4096 // padded}
     return Launch(reduce_kernel, (cdiv(size, block) + 1,), (num_splits, programs), constants, 4)
