@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
-from proofs.closure import last_side_exact
+from proofs.conditions import exact_side, kl, meets, no_eps, reports, unfinished
 from proofs.measure import accuracy_allowance, limit_allowance, marginal_allowance, sums
 from proofs.subjects import Subject
 
@@ -108,26 +108,14 @@ def _zeros_kept(subject: Subject, sample: Sample) -> Observation:
     holes = np.isneginf(sample.logits)
     wrong = np.where(holes, matrix != 0, ~np.isfinite(matrix))
     seen = [worst(np.where(wrong, 2.0, 0.0), 1.0, "a structural zero is not 0, or an entry is not finite")]
-    if last_side_exact(subject) is None:
+    if exact_side(subject) is None:
         allowed = 4 * marginal_allowance(sample.logits.shape[-1], sample.dtype)
         seen.append(worst(np.abs(sums(matrix, subject.last) - 1), allowed, f"{subject.last} sum with zeros"))
     return worst_of(seen)
 
 
-def _no_eps_kl(subject: Subject) -> str | None:
-    if subject.geometry != "kl":
-        return "projects in the Euclidean distance"
-    if subject.eps is not None:
-        return "eps_start fills structural zeros"
+def _keeps_zeros(subject: Subject) -> str | None:
     return "the fill of the exact finish may reach structural zeros" if subject.finish == "exact" else None
-
-
-def _reports(subject: Subject) -> str | None:
-    if subject.project is None:
-        return "returns a matrix only, no status"
-    if subject.geometry != "kl":
-        return "projects in the Euclidean distance"
-    return "the finish makes any pattern feasible" if subject.finish != "none" else None
 
 
 _NONFINITE, _NO_SUPPORT = 2, 3
@@ -256,7 +244,7 @@ CLAIMS: tuple[Claim, ...] = (
             ),
         ),
         check=_zeros_kept,
-        applies=_no_eps_kl,
+        applies=meets(kl, no_eps, _keeps_zeros),
         itemwise=True,
     ),
     Claim(
@@ -270,7 +258,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="sampled",
         samples=lambda subject: _some(subject, batch=4, minimum=2),
         check=_statuses,
-        applies=_reports,
+        applies=meets(reports, kl, unfinished),
         effort=0.5,
     ),
 )

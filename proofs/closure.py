@@ -6,6 +6,7 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst
+from proofs.conditions import exact_side
 from proofs.measure import finish_allowance, marginal_allowance, norm2, sums
 from proofs.subjects import Subject
 
@@ -20,17 +21,6 @@ def prefixes(stack: np.ndarray) -> np.ndarray:
         running = matrix @ running
         products[depth] = running
     return products
-
-
-def last_side_exact(subject: Subject) -> str | None:
-    """Why the side normalised last is not exact, or ``None``."""
-    if subject.geometry != "kl":
-        return "a Euclidean projection normalises no side"
-    if subject.eps is not None:
-        return "eps is added to every divisor, so no side is exact by design"
-    if subject.finish == "nonexpansive":
-        return "the non-expansive finish shrinks both sides below 1"
-    return None
 
 
 def _per_layer(subject: Subject, sample: Sample) -> float:
@@ -83,7 +73,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("rowst_mul", "colst_mul", "sub_mul"),
         samples=lambda subject: strategies.samples(batch=64, dtypes=subject.backend.dtypes),
         check=_gain,
-        applies=last_side_exact,
+        applies=exact_side,
         effort=0.5,
     ),
     Claim(
@@ -98,7 +88,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("rowst_norm", "schur"),
         samples=lambda subject: strategies.samples(batch=64, dtypes=subject.backend.dtypes),
         check=_sqrt_n,
-        applies=last_side_exact,
+        applies=exact_side,
         effort=0.5,
     ),
     Claim(

@@ -8,6 +8,7 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.conditions import is_euclidean
 from proofs.measure import compute_roundoff, norm2, sums
 from proofs.subjects import Subject
 
@@ -15,12 +16,6 @@ __all__ = ["CLAIMS"]
 
 TOLERANCE = 2e-6
 """What the solver is asked for, with its own rounding."""
-
-
-def _euclidean(subject: Subject) -> str | None:
-    if subject.geometry != "euclidean":
-        return "projects in KL divergence"
-    return None
 
 
 def _scale(sample: Sample) -> np.ndarray:
@@ -89,7 +84,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=_DOMAIN, scales=_SCALES, sizes=(1, 2, 3, 4, 8), dtypes=subject.backend.dtypes
         ),
         check=_feasible,
-        applies=_euclidean,
+        applies=is_euclidean,
         itemwise=True,
     ),
     Claim(
@@ -107,7 +102,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=_DOMAIN, scales=_SCALES, sizes=(1, 2, 3, 4), dtypes=subject.backend.dtypes
         ),
         check=_variational,
-        applies=_euclidean,
+        applies=is_euclidean,
         itemwise=True,
     ),
     Claim(
@@ -122,7 +117,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
         ),
         check=_nonexpansive,
-        applies=_euclidean,
+        applies=is_euclidean,
         itemwise=True,
     ),
     Claim(
@@ -137,7 +132,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
         ),
         check=_idempotent,
-        applies=_euclidean,
+        applies=is_euclidean,
         itemwise=True,
     ),
 )

@@ -6,36 +6,11 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.conditions import differentiates_twice, kl, known_iteration, meets, no_eps, offers_gradient, unfinished
 from proofs.measure import accuracy_allowance
 from proofs.subjects import Subject
 
 __all__ = ["CLAIMS"]
-
-
-def _offers(subject: Subject) -> str | None:
-    return None if subject.vjp is not None else "offers no gradient on this backend"
-
-
-def _smooth(subject: Subject) -> str | None:
-    return "kinks of the finish" if subject.finish != "none" else _offers(subject)
-
-
-def _known(subject: Subject) -> str | None:
-    if subject.vjp is None:
-        return "offers no gradient on this backend"
-    if subject.num_iters is None or subject.geometry != "kl":
-        return "its number of iterations is unknown, or it returns the limit"
-    return "rounded after the iteration" if subject.finish != "none" else None
-
-
-def _truncated(subject: Subject) -> str | None:
-    if subject.vjp is None:
-        return "offers no gradient on this backend"
-    if subject.geometry != "kl":
-        return "projects in the Euclidean distance"
-    if subject.eps is not None:
-        return "eps breaks the invariance"
-    return "the finish has its own derivative" if subject.finish != "none" else None
 
 
 def _upstream(sample: Sample) -> np.ndarray:
@@ -102,16 +77,6 @@ def _neighbours(subject: Subject, sample: Sample) -> Observation:
     return worst(difference, allowed[:, None, None], "gradient next to a NaN matrix")
 
 
-def _twice(subject: Subject) -> str | None:
-    if subject.vjp is None or not subject.backend.differentiates:
-        return "its backend has no automatic differentiation"
-    if "float64" not in subject.backend.dtypes:
-        return "its second derivative is compared in float64"
-    if subject.converged:
-        return "the gradient of a limit is an adjoint of its own"
-    return "kinks of the finish" if subject.finish != "none" else None
-
-
 def _double(subject: Subject, sample: Sample) -> Observation:
     grad = _upstream(sample)
     rng = np.random.default_rng(sample.seed + 2)
@@ -159,7 +124,7 @@ CLAIMS: tuple[Claim, ...] = (
             scales=(0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 8.0, 10.0, 16.0, 24.0, 30.0), batch=8, dtypes=subject.backend.dtypes
         ),
         check=_dot_product,
-        applies=_known,
+        applies=meets(offers_gradient, known_iteration),
         itemwise=True,
     ),
     Claim(
@@ -175,7 +140,7 @@ CLAIMS: tuple[Claim, ...] = (
             scales=(0.1, 0.3, 1.0, 3.0, 8.0, 16.0, 30.0, 100.0), batch=8, dtypes=subject.backend.dtypes
         ),
         check=_orthogonal,
-        applies=_truncated,
+        applies=meets(offers_gradient, kl, no_eps, unfinished),
         itemwise=True,
     ),
     Claim(
@@ -188,7 +153,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="sampled",
         samples=lambda subject: strategies.samples(generators=strategies.EASY, batch=8, dtypes=subject.backend.dtypes),
         check=_contracting,
-        applies=_truncated,
+        applies=meets(offers_gradient, kl, no_eps, unfinished),
         itemwise=True,
     ),
     Claim(
@@ -203,7 +168,7 @@ CLAIMS: tuple[Claim, ...] = (
             scales=(*strategies.SCALES, 3e3), batch=8, dtypes=subject.backend.dtypes
         ),
         check=_finite,
-        applies=_offers,
+        applies=offers_gradient,
         itemwise=True,
     ),
     Claim(
@@ -216,7 +181,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="sampled",
         samples=lambda subject: strategies.samples(batch=4, dtypes=subject.backend.dtypes),
         check=_zero,
-        applies=_offers,
+        applies=offers_gradient,
         effort=0.5,
         itemwise=True,
     ),
@@ -232,7 +197,7 @@ CLAIMS: tuple[Claim, ...] = (
             scales=(0.1, 1.0, 3.0, 10.0, 30.0), batch=4, dtypes=subject.backend.dtypes
         ),
         check=_neighbours,
-        applies=_smooth,
+        applies=meets(unfinished, offers_gradient),
         effort=0.5,
     ),
     Claim(
@@ -252,7 +217,7 @@ CLAIMS: tuple[Claim, ...] = (
             dtypes=("float64",),
         ),
         check=_double,
-        applies=_twice,
+        applies=meets(differentiates_twice, unfinished),
         effort=0.25,
         itemwise=True,
     ),

@@ -6,21 +6,11 @@ import numpy as np
 
 from proofs import model, strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
-from proofs.closure import last_side_exact
+from proofs.conditions import exact_side, kl, meets, no_eps, rebuilds
 from proofs.measure import accuracy_allowance, finish_allowance, limit_allowance, marginal_allowance, sums
 from proofs.subjects import Subject
 
 __all__ = ["CLAIMS"]
-
-
-def _kl(subject: Subject) -> str | None:
-    return None if subject.geometry == "kl" else "projects in the Euclidean distance"
-
-
-def _undamped(subject: Subject) -> str | None:
-    if subject.geometry != "kl":
-        return "projects in the Euclidean distance"
-    return None if subject.eps is None else "eps moves the fixed point"
 
 
 def _two_sided(subject: Subject, sample: Sample, other: np.ndarray) -> np.ndarray:
@@ -94,10 +84,6 @@ def _permuted(subject: Subject, sample: Sample) -> Observation:
     )
 
 
-def _has_dual(subject: Subject) -> str | None:
-    return None if subject.rebuild is not None else "its order is not ours to choose"
-
-
 def _transposed(subject: Subject, sample: Sample) -> Observation:
     flipped = sample.with_logits(np.ascontiguousarray(np.swapaxes(sample.logits, -1, -2)))
     other = np.swapaxes(subject.dual().matrix(flipped), -1, -2)
@@ -119,14 +105,6 @@ def _first_shift(subject: Subject, sample: Sample) -> Observation:
     moved = sample.with_logits(sample.logits + spread)
     difference = np.abs(subject.matrix(moved) - subject.matrix(sample))
     return worst(difference, _two_sided(subject, sample, moved.logits), f"constants added to {subject.first}")
-
-
-def _truncated_or_damped(subject: Subject) -> str | None:
-    if subject.geometry != "kl":
-        return "projects in the Euclidean distance"
-    if subject.eps is not None:
-        return "the softmax start normalises, then eps breaks the invariance"
-    return None
 
 
 def _both_shifts(subject: Subject, sample: Sample) -> Observation:
@@ -222,7 +200,7 @@ CLAIMS: tuple[Claim, ...] = (
             dtypes=subject.backend.dtypes,
         ),
         check=_uniform,
-        applies=_kl,
+        applies=kl,
         itemwise=True,
     ),
     Claim(
@@ -236,7 +214,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemma="dstoch1",
         samples=lambda subject: strategies.samples(generators=("constant",), batch=1, sizes=(1, 2, 3, 4, 8)),
         check=_identity,
-        applies=_kl,
+        applies=kl,
         effort=0.5,
         itemwise=True,
     ),
@@ -253,7 +231,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("colst_mean",),
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_constants_kept,
-        applies=last_side_exact,
+        applies=exact_side,
     ),
     Claim(
         name="permutation_equivariance",
@@ -280,7 +258,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("rownorm_tr", "colnorm_tr"),
         samples=lambda subject: strategies.samples(),
         check=_transposed,
-        applies=_has_dual,
+        applies=rebuilds,
         itemwise=True,
     ),
     Claim(
@@ -296,7 +274,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("rownorm_scale",),
         samples=lambda subject: strategies.samples(scales=(0.3, 1.0, 3.0, 8.0, 16.0)),
         check=_first_shift,
-        applies=_truncated_or_damped,
+        applies=meets(kl, no_eps),
     ),
     Claim(
         name="both_sides_shift_invariance",
@@ -310,7 +288,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("colnorm_scale", "cross_rownorm", "cross_colnorm"),
         samples=lambda subject: strategies.samples(generators=strategies.EASY),
         check=_both_shifts,
-        applies=_undamped,
+        applies=meets(kl, no_eps),
     ),
     Claim(
         name="doubly_stochastic_is_fixed",
@@ -324,7 +302,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("dstoch_convex", "dstoch_perm"),
         samples=lambda subject: strategies.samples(generators=("constant",), batch=1),
         check=_fixed_point,
-        applies=_kl,
+        applies=kl,
     ),
     Claim(
         name="two_by_two_closed_form",
@@ -338,7 +316,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("dstoch2",),
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2,)),
         check=_closed_two,
-        applies=_kl,
+        applies=kl,
         itemwise=True,
     ),
     Claim(
@@ -354,7 +332,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=("circulant",), scales=tuple(s for s in strategies.SCALES if s <= 100)
         ),
         check=_circulant,
-        applies=_undamped,
+        applies=meets(kl, no_eps),
         itemwise=True,
     ),
     Claim(
@@ -369,7 +347,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=("diagonal",), scales=(1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0), sizes=(2, 3, 4, 8)
         ),
         check=_gap,
-        applies=_kl,
+        applies=kl,
         itemwise=True,
     ),
     Claim(
@@ -382,7 +360,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="sampled",
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_easy_limit,
-        applies=_kl,
+        applies=kl,
         itemwise=True,
     ),
 )

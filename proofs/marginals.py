@@ -6,20 +6,11 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs.conditions import adds_eps, exact_side, iterates, kl, meets, no_eps, rebuilds, reports, unfinished
 from proofs.measure import accuracy_allowance, compute_roundoff, finish_allowance, marginal_allowance, sums
 from proofs.subjects import Subject
 
 __all__ = ["CLAIMS"]
-
-
-def _normalised_last(subject: Subject) -> str | None:
-    if subject.geometry != "kl":
-        return "a Euclidean projection normalises no side"
-    if subject.eps is not None:
-        return "eps is added to every divisor, so no side is exact by design"
-    if subject.finish == "nonexpansive":
-        return "the non-expansive finish shrinks both sides below 1"
-    return None
 
 
 def _last_side(subject: Subject, sample: Sample) -> Observation:
@@ -45,24 +36,12 @@ def _shrunk(subject: Subject, sample: Sample) -> Observation:
     return worst(total - 1, marginal_allowance(sample.logits.shape[-1], sample.dtype), f"{subject.last} sum above 1")
 
 
-def _needs_eps(subject: Subject) -> str | None:
-    return None if subject.eps is not None else "adds no eps to its divisors"
-
-
 def _converges_easily(subject: Subject, sample: Sample) -> Observation:
     matrix = subject.matrix(sample)
     error = np.maximum(np.max(np.abs(sums(matrix, "rows") - 1), -1), np.max(np.abs(sums(matrix, "columns") - 1), -1))
     size = sample.logits.shape[-1]
     slack = 2 * size * accuracy_allowance(sample.logits, sample.dtype)
     return worst(error, 1e-5 + slack, "largest marginal error")
-
-
-def _kl_only(subject: Subject) -> str | None:
-    return None if subject.geometry == "kl" else "projects in the Euclidean distance"
-
-
-def _has_projection(subject: Subject) -> str | None:
-    return None if subject.project is not None else "returns a matrix only, no report of its errors"
 
 
 def _honest(subject: Subject, sample: Sample) -> Observation:
@@ -78,19 +57,8 @@ def _honest(subject: Subject, sample: Sample) -> Observation:
     return worst_of(seen)
 
 
-def _can_rebuild(subject: Subject) -> str | None:
-    if subject.geometry != "kl":
-        return "projects in the Euclidean distance"
-    if subject.rebuild is None:
-        return "its number of iterations is not ours to choose"
-    if subject.num_iters is None:
-        return "returns the limit, not an iterate"
-    if subject.eps is not None:
-        return "a damped recurrence is not alternating normalisation"
-    if subject.finish != "none":
-        return "rounded after the iteration"
-    return None
-
+_truncations = meets(kl, rebuilds, iterates, no_eps, unfinished)
+"""It can be run with fewer iterations, and each is an alternating normalisation."""
 
 _COUNTS = (1, 2, 3, 5, 8, 13, 20)
 
@@ -153,7 +121,7 @@ CLAIMS: tuple[Claim, ...] = (
             dtypes=(*subject.backend.dtypes, *subject.backend.halves),
         ),
         check=_last_side,
-        applies=_normalised_last,
+        applies=exact_side,
         itemwise=True,
     ),
     Claim(
@@ -184,7 +152,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="sampled",
         samples=lambda subject: strategies.samples(),
         check=_shrunk,
-        applies=_needs_eps,
+        applies=adds_eps,
         itemwise=True,
     ),
     Claim(
@@ -198,7 +166,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemma="fix_dstoch",
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_converges_easily,
-        applies=_kl_only,
+        applies=kl,
         itemwise=True,
     ),
     Claim(
@@ -211,7 +179,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="sampled",
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_honest,
-        applies=_has_projection,
+        applies=reports,
         itemwise=True,
     ),
     Claim(
@@ -225,7 +193,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemma="l1_error_decreases",
         samples=lambda subject: strategies.samples(batch=8),
         check=_monotone,
-        applies=_can_rebuild,
+        applies=_truncations,
         effort=0.5,
         itemwise=True,
     ),
@@ -244,7 +212,7 @@ CLAIMS: tuple[Claim, ...] = (
             generators=("gaussian", "small", "diagonal"), scales=(0.1, 0.3, 0.6), sizes=(2, 3, 4, 5), batch=8
         ),
         check=_hilbert_rate,
-        applies=_can_rebuild,
+        applies=_truncations,
         effort=0.5,
         itemwise=True,
     ),
@@ -258,7 +226,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="sampled",
         samples=lambda subject: strategies.samples(sizes=(2,), batch=16),
         check=_two_by_two,
-        applies=_can_rebuild,
+        applies=_truncations,
         effort=0.5,
         itemwise=True,
     ),

@@ -8,20 +8,13 @@ from hypothesis import strategies as st
 from proofs import enclosure, strategies, vectors
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
 from proofs.backends import BACKENDS
+from proofs.conditions import has_halves, iterates, known_iteration, meets
 from proofs.measure import accuracy_allowance, marginal_allowance
 from proofs.subjects import Subject
 
 __all__ = ["CLAIMS"]
 
 _CONTRACT_SCALES = (0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 8.0, 10.0, 16.0, 24.0, 30.0, 64.0, 100.0)
-
-
-def _known_iteration(subject: Subject) -> str | None:
-    if subject.geometry != "kl":
-        return "projects in the Euclidean distance"
-    if subject.num_iters is None:
-        return "its number of iterations is unknown, or it returns the limit"
-    return "rounded after the iteration" if subject.finish != "none" else None
 
 
 def _accuracy(subject: Subject, sample: Sample) -> Observation:
@@ -34,10 +27,6 @@ def _accuracy(subject: Subject, sample: Sample) -> Observation:
         difference = np.abs(run.matrix(sample) - run.model(sample.logits).astype(np.float64))
         seen.append(worst(difference, allowed, f"distance from the model after {count} iterations"))
     return worst_of(seen)
-
-
-def _halves(subject: Subject) -> str | None:
-    return None if subject.backend.halves else f"{subject.backend.name} has no half precision"
 
 
 def _half(subject: Subject, sample: Sample) -> Observation:
@@ -67,7 +56,7 @@ def _same_bits(subject: Subject, sample: Sample) -> Observation:
 def _foreign(subject: Subject) -> str | None:
     if subject.elsewhere is None or subject.backend.name in ("numpy", "array_api_strict"):
         return "NumPy itself, or a function that runs on one backend only"
-    return "a limit depends on when each backend stops" if subject.num_iters is None else None
+    return iterates(subject)
 
 
 def _agreement(subject: Subject, sample: Sample) -> Observation:
@@ -79,10 +68,7 @@ def _agreement(subject: Subject, sample: Sample) -> Observation:
     return worst(np.abs(subject.matrix(sample) - other), allowed[:, None, None], "distance from NumPy")
 
 
-def _enclosed(subject: Subject) -> str | None:
-    reason = _known_iteration(subject)
-    if reason:
-        return reason
+def _has_balls(subject: Subject) -> str | None:
     return None if enclosure.available() else "python-flint is not installed"
 
 
@@ -145,7 +131,7 @@ CLAIMS: tuple[Claim, ...] = (
             dtypes=(*subject.backend.dtypes, *subject.backend.halves),
         ),
         check=_accuracy,
-        applies=_known_iteration,
+        applies=known_iteration,
         itemwise=True,
     ),
     Claim(
@@ -161,7 +147,7 @@ CLAIMS: tuple[Claim, ...] = (
             scales=_CONTRACT_SCALES, sizes=(1, 2, 3, 4, 5, 8), batch=2, dtypes=subject.backend.dtypes
         ),
         check=_contained,
-        applies=_enclosed,
+        applies=meets(known_iteration, _has_balls),
         effort=0.5,
         itemwise=True,
     ),
@@ -176,7 +162,7 @@ CLAIMS: tuple[Claim, ...] = (
         provenance="exact",
         samples=_vector_samples,
         check=_replayed,
-        applies=_known_iteration,
+        applies=known_iteration,
         effort=3.0,
     ),
     Claim(
@@ -192,7 +178,7 @@ CLAIMS: tuple[Claim, ...] = (
             scales=_CONTRACT_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.halves or ("float32",)
         ),
         check=_half,
-        applies=_halves,
+        applies=has_halves,
         itemwise=True,
     ),
     Claim(

@@ -6,7 +6,7 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, worst
-from proofs.closure import last_side_exact
+from proofs.conditions import exact_side, finished, kl
 from proofs.measure import accuracy_allowance, compute_roundoff, marginal_allowance, norm2, storage_error, sums
 from proofs.rational import schur_holds
 from proofs.subjects import Subject
@@ -37,22 +37,10 @@ def _ceiling(subject: Subject, sample: Sample) -> Observation:
     return worst(norm2(matrix) - ceiling, slack * np.maximum(ceiling, 1), "norm above sqrt(max open sum)")
 
 
-def _finished(subject: Subject) -> str | None:
-    if subject.finish in ("nonexpansive", "exact"):
-        return None
-    if subject.eps is None and subject.geometry == "kl" and not subject.converged:
-        return "not claimed of a truncated iteration: 1.21 is reached at logit std 10"
-    return "claimed only after a finish"
-
-
 def _nonexpansive(subject: Subject, sample: Sample) -> Observation:
     size = sample.logits.shape[-1]
     allowed = (size + 4) * compute_roundoff(sample.dtype) + storage_error(sample.dtype) + _SVD
     return worst(norm2(subject.matrix(sample)) - 1, allowed, "norm - 1")
-
-
-def _kl(subject: Subject) -> str | None:
-    return None if subject.geometry == "kl" else "covered by the Euclidean family"
 
 
 def _easy(subject: Subject, sample: Sample) -> Observation:
@@ -89,7 +77,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("truncation_expands",),
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_floor,
-        applies=last_side_exact,
+        applies=exact_side,
         itemwise=True,
     ),
     Claim(
@@ -103,7 +91,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemma="schur",
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_ceiling,
-        applies=last_side_exact,
+        applies=exact_side,
         itemwise=True,
     ),
     Claim(
@@ -118,7 +106,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("nonexpansive_sub", "substoch_nonexpansive", "rounding_norm"),
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_nonexpansive,
-        applies=_finished,
+        applies=finished,
         itemwise=True,
     ),
     Claim(
@@ -132,7 +120,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemma="dstoch_nonexpansive",
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_easy,
-        applies=_kl,
+        applies=kl,
         itemwise=True,
     ),
 )
