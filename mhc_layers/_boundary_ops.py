@@ -35,10 +35,13 @@ def boundary_forward(
     alpha_res: Tensor,
     options: str,
     delayed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``x_next (..., n, C)``, ``u_next (..., C)``, and the next site's ``coef``, ``proj (..., N)`` and ``rstd (...)``.
 
     ``coef`` is site l's, the parameters are the next site's. ``delayed``: the next site reads with site l's h_pre.
+    With the gain ``norm (C,)``, u_next is normalised, and the last output is ``inverse (...)``.
     """
     x, f, coef, phi = x.contiguous(), f.contiguous(), coef.contiguous(), phi.contiguous()
     with without_autocast(x.device.type):
@@ -56,9 +59,16 @@ def boundary_forward(
         next_coef, proj, rstd = leaf("finish", x)(
             slabs, squares, alphas, bias.contiguous(), site_options(options), k, lead
         )
-        if u is None:
-            u = leaf("read_forward", x)(x_next, coef if delayed else next_coef)
-    return x_next, u, next_coef, proj, rstd
+        if norm is None:
+            inverse = rstd.new_empty((0,))
+            if u is None:
+                u = leaf("read_forward", x)(x_next, coef if delayed else next_coef)
+        elif u is None:
+            read = coef if delayed else next_coef
+            u, inverse = leaf("read_norm_forward", x)(x_next, read, norm.contiguous(), norm_eps)
+        else:
+            u, inverse = leaf("norm_rows", x)(u, norm.contiguous(), norm_eps)
+    return x_next, u, next_coef, proj, rstd, inverse
 
 
 def _fake_boundary_forward(
@@ -72,7 +82,9 @@ def _fake_boundary_forward(
     alpha_res: Tensor,
     options: str,
     delayed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     lead = x.shape[:-2]
     rows = (*lead, phi.shape[0])
     return (
@@ -81,6 +93,7 @@ def _fake_boundary_forward(
         coef.new_empty(rows),
         coef.new_empty(rows),
         coef.new_empty(lead),
+        coef.new_empty((0,) if norm is None else lead),
     )
 
 
@@ -105,8 +118,10 @@ def boundary_backward(
     next_alpha_post: Tensor,
     next_alpha_res: Tensor,
     next_options: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the streams between the sites, f, site l's coef, the next site's phi, and its dbias and dalpha.
+    norm: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the streams between the sites, f, site l's coef, the next site's phi, its dbias and dalpha, norm.
 
     ``g`` is that of the streams which the next site wrote, ``gx`` what reaches those between the sites from outside.
     ``coef`` is site l's where the next site reads with its h_pre, else None.
@@ -117,7 +132,21 @@ def boundary_backward(
         g = None if g is None else g.contiguous()
         gu = None if gu is None else gu.contiguous()
         dcoef = torch.zeros_like(next_proj) if dcoef is None else dcoef.contiguous()
-        dots = None if gu is None else leaf("read_backward", x)(gu, x_next)
+        dots, dnorm = None, proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
+        if gu is not None and (norm is None or inverse is None):
+            dots = leaf("read_backward", x)(gu, x_next)
+        elif gu is not None and norm is not None and inverse is not None:
+            gu, dots, dnorm = leaf("read_norm_backward", x)(
+                gu,
+                x_next,
+                norm.contiguous(),
+                inverse,
+                next_proj,
+                next_alpha_pre,
+                next_bias,
+                site_options(next_options),
+                None if coef is None else coef[..., :n],
+            )
         mix, dz, partials = leaf("finish_backward", x)(
             next_proj,
             next_rstd,
@@ -145,7 +174,7 @@ def boundary_backward(
         if coef is not None and dots is not None:
             before_dcoef[..., :n] = dots.view(*before_dcoef.shape[:-1], n)
         dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
-    return dx, df, before_dcoef, dphi, dparams
+    return dx, df, before_dcoef, dphi, dparams, dnorm
 
 
 def _fake_boundary_backward(
@@ -169,13 +198,16 @@ def _fake_boundary_backward(
     next_alpha_post: Tensor,
     next_alpha_res: Tensor,
     next_options: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
         f.new_empty(f.shape),
         proj.new_empty(proj.shape),
         proj.new_empty(next_phi.shape),
         proj.new_empty((padded_rows(next_phi.shape[0]) + 4,)),
+        proj.new_empty((0,) if norm is None else norm.shape),
     )
 
 
@@ -184,7 +216,7 @@ BOUNDARY_BACKWARD = register(boundary_backward, _fake_boundary_backward)
 
 
 class Boundary(Function):
-    """``(x, link, f, coef, proj, parameters, options | the next site's) -> x_next, u, coef, link, proj, rstd``."""
+    """``(x, link, f, coef, proj, parameters, options | the next site's)`` to x_next and what ``Pre`` returns."""
 
     @staticmethod
     def forward(
@@ -206,32 +238,39 @@ class Boundary(Function):
         next_alpha_res: Tensor,
         next_options: str,
         delayed: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        norm: Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         next_params = (next_phi, next_bias, next_alpha_pre, next_alpha_post, next_alpha_res)
-        x_next, u, next_coef, next_proj, rstd = BOUNDARY_FORWARD(x, f, coef, *next_params, next_options, delayed)
-        return x_next, u, next_coef, x.new_empty(()).expand(x.shape), next_proj, rstd
+        x_next, u, next_coef, next_proj, rstd, inverse = BOUNDARY_FORWARD(
+            x, f, coef, *next_params, next_options, delayed, norm, norm_eps
+        )
+        return x_next, u, next_coef, x.new_empty(()).expand(x.shape), next_proj, rstd, inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, _, f, coef, proj, *params = inputs[:10]
-        ctx.options, *next_params, ctx.next_options, delayed = inputs[10:]
-        x_next, _, _, _, next_proj, rstd = output
-        ctx.mark_non_differentiable(next_proj, rstd)
+        ctx.options, *next_params, ctx.next_options, delayed, norm, ctx.norm_eps = inputs[10:]
+        x_next, _, _, _, next_proj, rstd, inverse = output
+        ctx.mark_non_differentiable(next_proj, rstd, inverse)
         ctx.set_materialize_grads(False)
         kept = coef if delayed else None
-        ctx.save_for_backward(x, f, kept, proj, *params, x_next, next_proj, rstd, *next_params)
+        scale = None if norm is None else inverse
+        ctx.save_for_backward(x, f, kept, proj, *params, x_next, next_proj, rstd, *next_params, norm, scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        gx, gu, dcoef, g, _, _ = gradients
+        gx, gu, dcoef, g, *_ = gradients
         if all(gradient is None for gradient in (gx, gu, dcoef, g)):
-            return (None,) * 18
-        x, f, coef, proj, *saved = ctx.saved_tensors  # asked for once: recomputation hooks hand each out once
+            return (None,) * 20
+        x, f, coef, proj, *saved, norm, inverse = (
+            ctx.saved_tensors
+        )  # asked for once: recomputation hooks hand each out once
         params, (x_next, next_proj, rstd), next_params = SiteParams(*saved[:5]), saved[5:8], SiteParams(*saved[8:])
         if torch.is_grad_enabled():
             previous = None if coef is None else coef[..., : x.shape[-2]]
-            dx, *dnext, dprevious = pre_backward_composite(
-                gu, g, dcoef, x_next, next_params, previous, ctx.next_options
+            dx, *dnext, dprevious, dnorm = pre_backward_composite(
+                gu, g, dcoef, x_next, next_params, previous, ctx.next_options, norm, ctx.norm_eps
             )
             terms = [term for term in (dx, gx) if term is not None]
             dx = torch.stack(terms).sum(0) if terms else torch.zeros_like(x_next)
@@ -239,7 +278,7 @@ class Boundary(Function):
             if dprevious is not None:
                 before_dcoef = torch.cat([dprevious, before_dcoef[..., x.shape[-2] :]], -1)
         else:
-            dx, df, before_dcoef, dphi, dparams = BOUNDARY_BACKWARD(
+            dx, df, before_dcoef, dphi, dparams, dnorm = BOUNDARY_BACKWARD(
                 gx,
                 gu,
                 dcoef,
@@ -256,11 +295,13 @@ class Boundary(Function):
                 rstd,
                 *next_params,
                 ctx.next_options,
+                norm,
+                inverse,
             )
             padded = dparams.shape[0] - 4
             dbias = dparams[: next_params.bias.shape[0]]
             dnext = [dphi, dbias, dparams[padded], dparams[padded + 1], dparams[padded + 2]]
-        return None, dx, df, before_dcoef, *(None,) * 7, *dnext, None, None
+        return None, dx, df, before_dcoef, *(None,) * 7, *dnext, None, None, None if norm is None else dnorm, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -268,7 +309,14 @@ class Boundary(Function):
 
 
 def boundary(
-    x: Tensor, f: Tensor, state: FusedState, params: SiteParams, options: str, delayed: bool
+    x: Tensor,
+    f: Tensor,
+    state: FusedState,
+    params: SiteParams,
+    options: str,
+    delayed: bool,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, FusedState]:
     """Write the streams of a site and read them for the next one.
 
@@ -286,6 +334,10 @@ def boundary(
         Its convention, from :func:`mhc_layers.kernels.options.options_key`.
     delayed : bool
         Whether it reads with the ``h_pre`` of ``state``.
+    norm : Tensor, optional
+        Gain ``(C,)`` of the root-mean-square norm that ends its read.
+    norm_eps : float
+        The norm's epsilon.
 
     Returns
     -------
@@ -296,7 +348,7 @@ def boundary(
     state_next : FusedState
         For the next site's write, or its boundary.
     """
-    x_next, u, coef, link, proj, rstd = apply(
+    x_next, u, coef, link, proj, rstd, _ = apply(
         Boundary,
         x,
         state.link,
@@ -308,5 +360,7 @@ def boundary(
         *params,
         options,
         delayed,
+        norm,
+        norm_eps,
     )
     return x_next, u, FusedState(coef, link, proj, rstd, params, options)

@@ -17,15 +17,26 @@ __all__ = ["post_backward_composite", "pre_backward_composite", "pre_composite"]
 
 
 def pre_composite(
-    x: Tensor, params: SiteParams, previous: Tensor | None, options: str
+    x: Tensor,
+    params: SiteParams,
+    previous: Tensor | None,
+    options: str,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``u``, ``coef``, ``proj`` and ``rstd`` of the read."""
+    """``u`` (normalised where the read ends with a norm), ``coef``, ``proj`` and ``rstd``."""
     slabs, squares = plain.project(x, params.phi)
     k = x.shape[-2] * x.shape[-1]
     coef, proj, rstd = plain.finish(
         slabs, squares, params[2:], params.bias, site_options(options), k, tuple(x.shape[:-2])
     )
-    return plain.read_forward(x, coef if previous is None else previous), coef, proj, rstd
+    return _read(x, coef if previous is None else previous, norm, norm_eps), coef, proj, rstd
+
+
+def _read(x: Tensor, coef: Tensor, norm: Tensor | None, norm_eps: float) -> Tensor:
+    if norm is None:
+        return plain.read_forward(x, coef)
+    return plain.read_norm_forward(x, coef, norm, norm_eps)[0]
 
 
 def _coefficients(x: Tensor, params: SiteParams, options: str) -> Tensor:
@@ -51,24 +62,26 @@ def pre_backward_composite(
     params: SiteParams,
     previous: Tensor | None,
     options: str,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x``, the five parameters and ``previous``, differentiable in every argument."""
+    """Gradients of ``x``, the five parameters, ``previous`` and ``norm``, differentiable in every argument."""
     coef = _coefficients(x, params, options)
     n = x.shape[-2]
     outputs, grads = [], []
     if gu is not None:
-        outputs.append(plain.read_forward(x, coef if previous is None else previous))
+        outputs.append(_read(x, coef if previous is None else previous, norm, norm_eps))
         grads.append(gu)
     if dcoef is not None:
         outputs.append(coef)
         grads.append(dcoef)
-    inputs = [x, *params, *([] if previous is None else [previous])]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    inputs = [x, *params, previous, norm]
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True) if outputs else ()
     by_input = dict(zip([id(tensor) for tensor in wanted], found, strict=False))
-    dx, *rest = [by_input.get(id(tensor)) for tensor in inputs]
+    dx, *rest = [None if tensor is None else by_input.get(id(tensor)) for tensor in inputs]
     if g is not None:
         h_res = coef[..., 2 * n :].unflatten(-1, (n, n))
         carried = (h_res.mT @ g.to(h_res.dtype)).to(x.dtype)
         dx = carried if dx is None else dx + carried
-    return dx, *rest, *([None] if previous is None else [])
+    return dx, *rest

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mhc_layers._fused_state import FusedState
+from mhc_layers._fused_state import FusedState, fused_norm
 from mhc_layers._operators import register
 from mhc_layers._torch_ops import FusedSite, first_stream, token_rows
 from mhc_layers.functional import without_autocast
@@ -81,6 +81,7 @@ class StreamRebuilder:
 
     def __init__(self, sites: Sequence[HyperConnection], x: Tensor, h_pre: Tensor | None) -> None:
         self._x = x
+        self._sites = sites
         self._coefs: list[Tensor] = []
         self._last: tuple[int, int] | None = None
         self._delayed = bool(sites[0].convention.read_delay)
@@ -122,4 +123,13 @@ class StreamRebuilder:
         fs = [output.detach().to(self._x.dtype) for output in outputs[: len(coefs) - 1]]
         with torch.no_grad():
             xs, us = RECOMPUTE_BLOCK(self._x, fs, coefs[:-1], list(reads))
+            us = [self._normed(site, u) for site, u in zip(self._sites, us, strict=True)]
         return [self._x, *xs], us
+
+    def _normed(self, site: HyperConnection, u: Tensor) -> Tensor:
+        """What the sublayer was given: the bits of the read that was fused with the norm."""
+        norm, eps = fused_norm(site, self._x)
+        if norm is None:
+            return site.normed(u)
+        with without_autocast(u.device.type):
+            return leaf("norm_rows", self._x)(u, norm.contiguous(), eps)[0]

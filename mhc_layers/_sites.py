@@ -39,7 +39,7 @@ class SiteImplementation(Protocol):
     """The three steps of a site."""
 
     def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
-        """From streams ``(..., n, C)`` to the sublayer's input ``(..., C)``.
+        """From streams ``(..., n, C)`` to the sublayer's input ``(..., C)``, after ``site.input_norm`` if it has one.
 
         ``previous`` is the ``h_pre`` of the site before, used where ``site.convention.read_delay`` is 1; None there
         means that this is the first site, which reads stream 0.
@@ -68,7 +68,7 @@ class FunctionalSite:
             u = x[..., 0, :]
         else:
             u, x = _streams.read(x, previous)
-        return u, SiteState(h_pre, h_post, h_res, x, site.convention.apply_dtype)
+        return site.normed(u), SiteState(h_pre, h_post, h_res, x, site.convention.apply_dtype)
 
     def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
         h_post = cast(Tensor, state.h_post)
@@ -87,7 +87,7 @@ class ResidualSite:
     """The plain residual at the same call sites: reads stream 0 and adds the output to every stream."""
 
     def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
-        return x[..., 0, :], SiteState(None, None, None)
+        return site.normed(x[..., 0, :]), SiteState(None, None, None)
 
     def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
         return x + f.unsqueeze(-2).to(x.dtype)

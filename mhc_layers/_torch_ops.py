@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from mhc_layers._boundary_ops import boundary
-from mhc_layers._fused_state import FusedState, SiteParams
+from mhc_layers._fused_state import FusedState, SiteParams, fused_norm
 from mhc_layers._operators import apply, batched, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
 from mhc_layers._sites import FUNCTIONAL, SiteState
@@ -63,8 +63,13 @@ def pre_forward(
     alpha_res: Tensor,
     previous: Tensor | None,
     options: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``u (..., C)``, ``coef`` and ``proj (..., N)``, ``rstd (...)``; ``previous (..., n)`` reads in place of h_pre."""
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``u (..., C)``, ``coef`` and ``proj (..., N)``, ``rstd (...)``; ``previous (..., n)`` reads in place of h_pre.
+
+    With the gain ``norm (C,)`` of a root-mean-square norm, u is normalised, and the last output is ``inverse (...)``.
+    """
     x = x.contiguous()
     with without_autocast(x.device.type):
         slabs, squares = leaf("project", x)(x, phi.contiguous())
@@ -72,8 +77,12 @@ def pre_forward(
         coef, proj, rstd = leaf("finish", x)(
             slabs, squares, alphas, bias.contiguous(), site_options(options), phi.shape[1], x.shape[:-2]
         )
-        u = leaf("read_forward", x)(x, coef if previous is None else token_rows(previous))
-    return u, coef, proj, rstd
+        read = coef if previous is None else token_rows(previous)
+        if norm is None:
+            u, inverse = leaf("read_forward", x)(x, read), rstd.new_empty((0,))
+        else:
+            u, inverse = leaf("read_norm_forward", x)(x, read, norm.contiguous(), norm_eps)
+    return u, coef, proj, rstd, inverse
 
 
 def token_rows(previous: Tensor) -> Tensor:
@@ -97,7 +106,9 @@ def _fake_pre_forward(
     alpha_res: Tensor,
     previous: Tensor | None,
     options: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lead, dtype = x.shape[:-2], _coefficient_dtype(x)
     rows = (*lead, phi.shape[0])
     return (
@@ -105,6 +116,7 @@ def _fake_pre_forward(
         x.new_empty(rows, dtype=dtype),
         x.new_empty(rows, dtype=dtype),
         x.new_empty(lead, dtype=dtype),
+        x.new_empty((0,) if norm is None else lead, dtype=dtype),
     )
 
 
@@ -160,14 +172,34 @@ def pre_backward(
     gu: Tensor | None,
     dcoef: Tensor | None,
     options: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Phases B1, finish, B2: ``dx``, ``dphi (N, K)``, ``dparams`` (dbias, at PAD(N) dalpha), ``dprevious (..., n)``."""
+    norm: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Phases B1, finish, B2: ``dx``, ``dphi (N, K)``, ``dparams`` (dbias, at PAD(N) dalpha), ``dprevious (..., n)``.
+
+    The last output is ``dnorm (C,)`` where the read was fused with a norm of gain ``norm``.
+    """
     x = x.contiguous()
     with without_autocast(x.device.type):
         g = None if g is None else g.contiguous()
         gu = None if gu is None else gu.contiguous()
         dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
-        dots = None if gu is None else leaf("read_backward", x)(gu, x)
+        read = None if previous is None else token_rows(previous)
+        dots, dnorm = None, proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
+        if gu is not None and (norm is None or inverse is None):
+            dots = leaf("read_backward", x)(gu, x)
+        elif gu is not None and norm is not None and inverse is not None:
+            gu, dots, dnorm = leaf("read_norm_backward", x)(
+                gu,
+                x,
+                norm.contiguous(),
+                inverse.contiguous(),
+                proj.contiguous(),
+                alpha_pre,
+                bias.contiguous(),
+                site_options(options),
+                read,
+            )
         mix, dz, partials = leaf("finish_backward", x)(
             proj.contiguous(),
             rstd.contiguous(),
@@ -178,7 +210,7 @@ def pre_backward(
             site_options(options),
             phi.shape[1],
             x.dtype,
-            None if previous is None else token_rows(previous),
+            read,
         )
         dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x, g, gu, mix, dz, phi.contiguous())
         dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
@@ -186,7 +218,7 @@ def pre_backward(
         dprevious = proj.new_empty((0,))
     else:
         dprevious = torch.zeros_like(previous, memory_format=torch.contiguous_format) if dots is None else dots
-    return dx, dphi, dparams, dprevious
+    return dx, dphi, dparams, dprevious, dnorm
 
 
 def _fake_pre_backward(
@@ -203,12 +235,15 @@ def _fake_pre_backward(
     gu: Tensor | None,
     dcoef: Tensor | None,
     options: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
         proj.new_empty(phi.shape),
         proj.new_empty((padded_rows(phi.shape[0]) + 4,)),
         proj.new_empty((0,) if previous is None else previous.shape),
+        proj.new_empty((0,) if norm is None else norm.shape),
     )
 
 
@@ -224,7 +259,7 @@ register_formulas()
 
 
 class Pre(Function):
-    """``(x, parameters, previous, options) -> u, coef, link, proj, rstd``, as in ``FusedState``."""
+    """``(x, parameters, previous, options, norm, eps) -> u, coef, link, proj, rstd, inverse``, as in ``FusedState``."""
 
     @staticmethod
     def forward(
@@ -236,29 +271,36 @@ class Pre(Function):
         alpha_res: Tensor,
         previous: Tensor | None,
         options: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, coef, proj, rstd = PRE_FORWARD(x, phi, bias, alpha_pre, alpha_post, alpha_res, previous, options)
-        return u, coef, x.new_empty(()).expand(x.shape), proj, rstd
+        norm: Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        u, coef, proj, rstd, inverse = PRE_FORWARD(
+            x, phi, bias, alpha_pre, alpha_post, alpha_res, previous, options, norm, norm_eps
+        )
+        return u, coef, x.new_empty(()).expand(x.shape), proj, rstd, inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.options = inputs
-        proj, rstd = output[3:]
-        ctx.mark_non_differentiable(proj, rstd)
+        *tensors, ctx.options, norm, ctx.norm_eps = inputs
+        proj, rstd, inverse = output[3:]
+        ctx.mark_non_differentiable(proj, rstd, inverse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, proj, rstd)
+        ctx.save_for_backward(*tensors, proj, rstd, norm, None if norm is None else inverse)
 
     @staticmethod
     def backward(
         ctx: Any, gu: Tensor | None, dcoef: Tensor | None, g: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, previous, proj, rstd = ctx.saved_tensors
-        x, params = tensors[0], SiteParams(*tensors[1:])
+        x, *rest, previous, proj, rstd, norm, inverse = ctx.saved_tensors
+        params, options = SiteParams(*rest), ctx.options
         if gu is None and dcoef is None and g is None:
-            return (None,) * 8
+            return (None,) * 10
         if torch.is_grad_enabled():
-            return *pre_backward_composite(gu, g, dcoef, x, params, previous, ctx.options), None
-        dx, dphi, dparams, dprevious = PRE_BACKWARD(x, *params, previous, proj, rstd, g, gu, dcoef, ctx.options)
+            *found, dnorm = pre_backward_composite(gu, g, dcoef, x, params, previous, options, norm, ctx.norm_eps)
+            return *found, None, dnorm, None
+        dx, dphi, dparams, dprevious, dnorm = PRE_BACKWARD(
+            x, *params, previous, proj, rstd, g, gu, dcoef, options, norm, inverse
+        )
         padded = dparams.shape[0] - 4
         return (
             dx,
@@ -268,6 +310,8 @@ class Pre(Function):
             dparams[padded + 1],
             dparams[padded + 2],
             None if previous is None else dprevious,
+            None,
+            None if norm is None else dnorm,
             None,
         )
 
@@ -348,11 +392,14 @@ class FusedSite:
             previous = None
         elif previous is None:
             previous = first_stream(x)
+        norm, norm_eps = fused_norm(site, x)
         if _forward_mode():
-            u, coef, proj, rstd = pre_composite(x, params, previous, options)
-            return u, FusedState(coef, x, proj, rstd, params, options)
-        u, coef, link, proj, rstd = apply(Pre, x, *params, previous, options)
-        return u, FusedState(coef, link, proj, rstd, params, options)
+            u, coef, proj, rstd = pre_composite(x, params, previous, options, norm, norm_eps)
+            state = FusedState(coef, x, proj, rstd, params, options)
+        else:
+            u, coef, link, proj, rstd, _ = apply(Pre, x, *params, previous, options, norm, norm_eps)
+            state = FusedState(coef, link, proj, rstd, params, options)
+        return (u if norm is not None else site.normed(u)), state
 
     def post(self, x: Tensor, f: Tensor, state: FusedState | SiteState) -> Tensor:
         """Write: the next streams."""
@@ -370,7 +417,9 @@ class FusedSite:
         if not isinstance(state, FusedState) or hasattr(params.phi, "placements") or _forward_mode():
             x = self.post(x, f, state)
             return x, *self.pre(x, next_site, state.h_pre)
-        return boundary(x, f, state, params, self.options, bool(self.convention.read_delay))
+        norm, norm_eps = fused_norm(next_site, x)
+        x, u, state = boundary(x, f, state, params, self.options, bool(self.convention.read_delay), norm, norm_eps)
+        return x, (u if norm is not None else next_site.normed(u)), state
 
     def warm_up(self, site: HyperConnection, dtype: torch.dtype = torch.bfloat16) -> None:
         """Compile every kernel that the training of a site needs, on its device, for streams of a dtype.

@@ -32,8 +32,14 @@ class HyperConnection(KeepsFloat32):
     num_streams : int
         Number of streams n, at least 1.
     sublayer : callable, optional
-        Module or function from ``(..., C)`` to ``(..., C)``, or to a tuple whose first entry is that. It should start
-        with its own norm, as every pre-norm sublayer does.
+        Module or function from ``(..., C)`` to ``(..., C)``, or to a tuple whose first entry is that. Its input should
+        be normalised, as in every pre-norm network: by a norm that it starts with, or better by ``norm``.
+    norm : Module or str, optional
+        The norm of the sublayer's input, which the site applies with its read; the sublayer must not apply it again.
+        A module from ``(..., C)`` to ``(..., C)`` becomes the site's submodule ``norm``; a string names a submodule
+        that the sublayer already holds, so that parameters keep their names. The fused kernels read and normalise in
+        one pass if it is a :class:`torch.nn.RMSNorm` or an :class:`mhc_layers.models.norm.RMSNorm` with a gain and
+        without hooks (its ``forward`` is then not called); any other module is called on what was read.
     convention : Convention or str
         Orientation, order and epsilons of the maps; a preset or its name.
     connection : str
@@ -63,7 +69,9 @@ class HyperConnection(KeepsFloat32):
     Raises
     ------
     ValueError
-        For sizes below 1, or an unknown kind, convention, init or row.
+        For sizes below 1, an unknown kind, convention, init or row, or a norm that the sublayer does not have.
+    TypeError
+        If the sublayer cannot be called, or ``norm`` is of another kind.
 
     Examples
     --------
@@ -87,6 +95,7 @@ class HyperConnection(KeepsFloat32):
         num_streams: int = 4,
         sublayer: Callable[..., Any] | None = None,
         *,
+        norm: nn.Module | str | None = None,
         convention: Convention | str = PAPER,
         connection: str = "mhc",
         res_map: Any | None = None,
@@ -108,7 +117,15 @@ class HyperConnection(KeepsFloat32):
             raise ValueError(f"res_map replaces the projection of 'mhc' and 'mhc_static', got {connection!r}.")
         self.dim = dim
         self.num_streams = num_streams
+        if sublayer is not None and not callable(sublayer):
+            raise TypeError(
+                f"sublayer is a {type(sublayer).__name__}, which cannot be called; give a module or a function from "
+                f"(..., {dim}) to (..., {dim}), or None to call pre() and post() yourself."
+            )
         self.sublayer = sublayer
+        self._norm_name = norm if isinstance(norm, str) else None
+        self.norm = None if isinstance(norm, str) else norm
+        _check_norm(self, norm)
         self.convention = get_convention(convention)
         self.connection = "residual" if disable else connection
         self.res_map = get_res_map(res_map)
@@ -180,6 +197,24 @@ class HyperConnection(KeepsFloat32):
         super().__setstate__(state)
         self._capture = None
         self._implementation = resolve(self, self.requested_implementation)
+
+    @property
+    def input_norm(self) -> nn.Module | None:
+        """The norm that the site applies to what it reads, wherever it lives, or None.
+
+        None also where the sublayer was replaced by one without a submodule of this name; it then sees what was read.
+        """
+        if self._norm_name is None:
+            return self.norm
+        module: Any = self.sublayer
+        for name in self._norm_name.split("."):
+            module = getattr(module, name, None)
+        return module
+
+    def normed(self, u: Tensor) -> Tensor:
+        """Apply :attr:`input_norm`, if there is one, to ``u (..., C)`` as it was read; the dtype stays."""
+        norm = self.input_norm
+        return u if norm is None else norm(u).to(u.dtype)
 
     @property
     def implementation(self) -> SiteImplementation:
@@ -259,7 +294,7 @@ class HyperConnection(KeepsFloat32):
             raise TypeError(f"Streams must have a floating dtype, got {x.dtype}.")
 
     def pre(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
-        """Read: the sublayer's input ``(..., C)`` and the state that :meth:`post` needs.
+        """Read: the sublayer's input ``(..., C)``, after :attr:`input_norm`, and the state that :meth:`post` needs.
 
         ``previous`` is the ``h_pre`` of the site before, needed where ``convention.read_delay`` is 1; None there means
         that this is the first site.
@@ -272,12 +307,14 @@ class HyperConnection(KeepsFloat32):
 
     def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
         """Write: the next streams from those that entered, the sublayer's output and the state."""
+        self._check_output(f, x)
         return self._implementation.post(x, f, state)
 
     def boundary(
         self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
     ) -> tuple[Tensor, Tensor, SiteState]:
         """:meth:`post` of this site and :meth:`pre` of the next one, fused where both run the same row."""
+        self._check_output(f, x)
         if next_site._implementation is self._implementation:
             x, u, state = self._implementation.boundary(x, f, state, next_site)
         else:
@@ -303,19 +340,67 @@ class HyperConnection(KeepsFloat32):
         -------
         Tensor or tuple
             The next streams; if the sublayer returned a tuple, ``(streams, *the rest)``.
+
+        Raises
+        ------
+        ValueError
+            If ``x`` does not end in ``(n, C)``, there is no sublayer, or its output has another shape than its input.
+        TypeError
+            If ``x`` is not floating, or the sublayer returned neither a tensor nor a tuple that starts with one.
         """
         if self.sublayer is None:
             raise ValueError("This site has no sublayer; give one to HyperConnection, or call pre() and post().")
         u, state = self.pre(x, None if previous is None else previous.h_pre)
         result = self.sublayer(u, *args, **kwargs)
-        if isinstance(result, tuple):
+        if isinstance(result, tuple) and result:
             return self.post(x, result[0], state), *result[1:]
         return self.post(x, result, state)
+
+    def _check_output(self, f: Any, x: Tensor) -> None:
+        """Refuse what a sublayer must not return; the cost is one comparison of shapes."""
+        if not isinstance(f, Tensor):
+            got = "an empty tuple" if f == () else type(f).__name__
+            raise TypeError(
+                f"The sublayer's output must be a tensor of shape (..., {self.dim}), or a tuple that starts with one "
+                f"and whose rest is passed on; got {got}. Wrap the sublayer in a function that returns that."
+            )
+        expected = (*x.shape[:-2], x.shape[-1])
+        if f.shape != expected:
+            raise ValueError(
+                f"The sublayer's output must have the shape of its input, {tuple(expected)} for streams of shape "
+                f"{tuple(x.shape)}; got {tuple(f.shape)}. A sublayer of another width needs a projection back to "
+                f"dim = {self.dim}."
+            )
+        if not f.is_floating_point():
+            raise TypeError(f"The sublayer's output must have a floating dtype, got {f.dtype}.")
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_streams={self.num_streams}, connection={self.connection!r}, "
             f"convention={self.convention.name!r}"
+        )
+
+
+def _check_norm(site: HyperConnection, norm: Any) -> None:
+    """Refuse a norm that the site could not apply."""
+    if norm is None:
+        return
+    if isinstance(norm, str):
+        held = dict(site.sublayer.named_modules()) if isinstance(site.sublayer, nn.Module) else {}
+        if not norm or norm not in held:
+            names = ", ".join(repr(name) for name in held if name) or "none"
+            raise ValueError(
+                f"norm is {norm!r}, which is not a submodule of the sublayer; it has: {names}. Give one of these "
+                "names, or the norm itself as a module."
+            )
+        norm = held[norm]
+    elif not isinstance(norm, nn.Module):
+        raise TypeError(f"norm must be a module, the name of a submodule of the sublayer, or None; got {norm!r}.")
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, Tensor) and weight.shape != (site.dim,):
+        raise ValueError(
+            f"norm has a gain of shape {tuple(weight.shape)}; it normalises what the site reads, so this must be "
+            f"({site.dim},)."
         )
 
 

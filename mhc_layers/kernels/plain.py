@@ -15,9 +15,12 @@ __all__ = [
     "boundary_forward",
     "finish",
     "finish_backward",
+    "norm_rows",
     "project",
     "read_backward",
     "read_forward",
+    "read_norm_backward",
+    "read_norm_forward",
     "recompute_block",
     "reduce_slabs",
     "residual_map",
@@ -225,3 +228,38 @@ def recompute_block(
 def reduce_slabs(dphi_slabs: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the slabs and over the partials."""
     return dphi_slabs.sum(0), params.sum(0)
+
+
+def norm_rows(u: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``u / sqrt(mean(u^2) + eps) * weight``, rounded once to the dtype of u, and one over the root."""
+    wide = u.to(_wide(u, weight))
+    inverse = torch.rsqrt(wide.square().mean(-1) + eps)
+    return (wide * inverse.unsqueeze(-1) * weight).to(u.dtype), inverse
+
+
+def read_norm_forward(x: Tensor, coef: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`read_forward`, then the norm of what it returned."""
+    return norm_rows(read_forward(x, coef), weight, eps)
+
+
+def read_norm_backward(
+    gv: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    proj: Tensor,
+    alpha_pre: Tensor,
+    bias: Tensor,
+    options: SiteOptions,
+    read: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Phase B1 through the norm: ``du = s (a - s^2 <a, u> u / C)`` with ``a = weight dv``; ``<du, x[i]>``; dweight."""
+    n, dim = x.shape[-2:]
+    if read is None:
+        read = torch.sigmoid(alpha_pre * proj[..., :n] + bias[:n]) + options.eps_pre
+    u = read_forward(x, read).to(proj.dtype)
+    wide, scale = gv.to(proj.dtype), inverse.unsqueeze(-1)
+    a = wide * weight
+    du = scale * (a - scale.square() * (a * u).sum(-1, keepdim=True) / dim * u)
+    dots = (x.to(proj.dtype) * du.unsqueeze(-2)).sum(-1)
+    return du.to(gv.dtype), dots, (wide * u * scale).flatten(0, -2).sum(0)

@@ -23,6 +23,9 @@ __all__ = ["LEAVES", "LeafFacts", "explain", "leaf", "restricted_to"]
 #: Largest n of the Triton rows: an n x n operator and n streams of a tile live in registers.
 LARGEST_STREAMS = 8
 
+#: Largest C of the rows that hold a token's whole row in the registers of a program, by bytes of a value.
+LARGEST_ROW = {2: 16384, 4: 8192}
+
 _ALLOWED: tuple[str, ...] | None = None
 _CACHE: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
 
@@ -108,10 +111,26 @@ def _table(name: str, module: str, *before: Row[LeafFacts]) -> Table[LeafFacts]:
     return Table(name, (*before, triton, plain))
 
 
+def _row_table(name: str, module: str) -> Table[LeafFacts]:
+    """A leaf whose Triton kernel holds whole rows."""
+    table = _table(name, module)
+    triton, plain = table.rows
+
+    def refuse(facts: LeafFacts) -> str | None:
+        reason, largest = triton.refuse(facts), LARGEST_ROW.get(facts.dtype.itemsize, 0)
+        if reason is None and facts.dim > largest:
+            return f"holds rows of at most {largest} values of {facts.dtype} in registers, got C = {facts.dim}"
+        return reason
+
+    return Table(name, (dataclasses.replace(triton, refuse=refuse), plain))
+
+
 LEAVES: dict[str, Table[LeafFacts]] = {
     "project": _table("project", "coefficients"),
     "finish": _table("finish", "coefficients"),
     "read_forward": _table("read_forward", "read"),
+    "read_norm_forward": _row_table("read_norm_forward", "read_norm"),
+    "norm_rows": _row_table("norm_rows", "read_norm"),
     "write_forward": _table("write_forward", "write"),
     "boundary_forward": Table("boundary_forward", (_cuda_row("boundary_forward", "boundary", "applies", 1),)),
     "boundary_read_forward": Table(
@@ -119,6 +138,7 @@ LEAVES: dict[str, Table[LeafFacts]] = {
     ),
     "write_backward": _table("write_backward", "write_backward"),
     "read_backward": _table("read_backward", "read_backward"),
+    "read_norm_backward": _row_table("read_norm_backward", "read_norm_backward"),
     "finish_backward": _table("finish_backward", "coefficients_backward"),
     "streams_backward": _streams_backward_table(),
     "streams_backward_chained": Table(

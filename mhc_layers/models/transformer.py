@@ -53,7 +53,7 @@ class WalkState(NamedTuple):
 
 
 class AttentionSublayer(nn.Module):
-    """Pre-norm and attention: ``(B, T, C)`` to ``(B, T, C)``."""
+    """Attention of a normalised input: ``(B, T, C)`` to ``(B, T, C)``. It holds the norm; its site applies it."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class AttentionSublayer(nn.Module):
 
     def forward(self, u: Tensor, context: StepContext) -> Tensor:
         cache = None if context.caches is None else context.caches[self.layer]
-        return self.attention(self.norm(u), context.rotary, cache)
+        return self.attention(u, context.rotary, cache)
 
 
 class FeedForwardSublayer(nn.Module):
-    """Pre-norm and SwiGLU, or a mixture of experts, which also returns its balance loss."""
+    """SwiGLU, or a mixture of experts, which also returns its balance loss. It holds the norm; its site applies it."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class FeedForwardSublayer(nn.Module):
             self.feed_forward = SwiGLU(config.dim, hidden_dim)
 
     def forward(self, u: Tensor, context: StepContext) -> Tensor | tuple[Tensor, Tensor]:
-        return self.feed_forward(self.norm(u))
+        return self.feed_forward(u)
 
 
 class Transformer(nn.Module):
@@ -119,6 +119,7 @@ class Transformer(nn.Module):
                     config.dim,
                     config.num_streams,
                     sublayer,
+                    norm="norm",
                     convention=config.convention,
                     connection=config.connection,
                     res_map=config.res_map,

@@ -117,7 +117,7 @@ def test_gradient_and_second_gradient_by_differences(convention: Convention) -> 
     weights = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(2, 2) if delayed else None
 
     def run(x: Tensor, f: Tensor, g: Tensor, phi: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        u, *state = Pre.apply(x, *first, weights, options)
+        u, *state, _ = Pre.apply(x, *first, weights, options)
         after = second._replace(phi=phi, bias=bias)
         between, u_next, last = boundary(x, f, FusedState(*state, first, options), after, options, delayed)
         return u, u_next, Post.apply(between, last.link, g, last.coef, last.proj, *after, options)
@@ -135,7 +135,7 @@ def test_operators_pass_opcheck() -> None:
     detached = [tensor.detach() for tensor in (x, f, state.coef, *after)]
     forward = (*detached, options, False)
     torch.library.opcheck(BOUNDARY_FORWARD, forward)
-    x_next, u, coef, proj, rstd = BOUNDARY_FORWARD(*forward)
+    x_next, u, coef, proj, rstd, _ = BOUNDARY_FORWARD(*forward)
     before = (state.proj, *(tensor.detach() for tensor in (state.params.bias, state.params.alpha_post)), options)
     saved = (x.detach(), f.detach(), None, *before, x_next, proj, rstd, *detached[3:], options)
     torch.library.opcheck(BOUNDARY_BACKWARD, (None, u, torch.zeros_like(coef), x_next, *saved))

@@ -40,7 +40,7 @@ def site_through_functions(
 ) -> tuple[Tensor, Tensor]:
     """pre, a sublayer, post."""
     options = options_key(convention)
-    u, coef, link, proj, _ = Pre.apply(x, *params, None, options)
+    u, coef, link, proj, *_ = Pre.apply(x, *params, None, options)
     f = torch.tanh(u * weight)
     return u, Post.apply(x, link, f, coef, proj, *params, options)
 
@@ -152,7 +152,7 @@ def test_no_streams_sized_gradient_is_stored_by_the_write() -> None:
     """The link's gradient is the incoming gradient itself."""
     (x, f, g, _), params = problem(4, 5, dtype=torch.float32)
     options = options_key(PAPER)
-    _, coef, link, proj, _ = Pre.apply(x.requires_grad_(), *params, None, options)
+    _, coef, link, proj, *_ = Pre.apply(x.requires_grad_(), *params, None, options)
     out = Post.apply(x, link, f, coef, proj, *params, options)
     (carried,) = torch.autograd.grad(out, link, g, retain_graph=True)
     assert carried.data_ptr() == g.data_ptr()
@@ -175,7 +175,7 @@ def test_one_output_may_be_unused(absent: str) -> None:
 def test_operators_pass_opcheck() -> None:
     (x, f, g, gu), params = problem(3, 4, dtype=torch.float32)
     options = options_key(DEEPSEEK_V4)
-    _u, coef, proj, rstd = OPS.pre_forward(x, *params, None, options)
+    _u, coef, proj, rstd, _ = OPS.pre_forward(x, *params, None, options)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS.pre_forward.default, (x, *params, None, options), test_utils=checks)
     torch.library.opcheck(OPS.post_forward.default, (x, f, coef), test_utils=checks)

@@ -106,7 +106,7 @@ def test_forward_is_the_reference_site_by_site():
     x = model.embed(text)
     for site in model.sites:
         alphas = (site.alpha_pre, site.alpha_post, site.alpha_res)
-        x = reference.apply_site(x, lambda u, s=site: s.sublayer(u, context), site.phi, site.bias, alphas)
+        x = reference.apply_site(x, lambda u, s=site: s.sublayer(s.normed(u), context), site.phi, site.bias, alphas)
     expected = model.head(model.norm(x.mean(-2)))
     torch.testing.assert_close(model(text), expected, rtol=1e-10, atol=1e-11)
 
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_reference():
         x = model.embed(text)
         for site in model.sites:
             alphas = (site.alpha_pre, site.alpha_post, site.alpha_res)
-            x = reference.apply_site(x, lambda u, s=site: s.sublayer(u, context), site.phi, site.bias, alphas)
+            x = reference.apply_site(x, lambda u, s=site: s.sublayer(s.normed(u), context), site.phi, site.bias, alphas)
         return model.head(model.norm(x.mean(-2)))
 
     parameters = dict(model.named_parameters())
@@ -153,7 +153,7 @@ def test_single_pass_wiring():
     for site in model.sites:
         alphas = (site.alpha_pre, site.alpha_post, site.alpha_res)
         h_pre, h_post, h_res = reference.coefficients(x, site.phi, site.bias, alphas, site.convention)
-        f = site.sublayer(reference.read(x, weights), context)
+        f = site.sublayer(site.normed(reference.read(x, weights)), context)
         x, weights = reference.eq3_next_streams(x, f, h_res, h_post), h_pre
     expected = model.head(model.norm(reference.read(x, weights)))
     torch.testing.assert_close(model(text), expected, rtol=1e-10, atol=1e-11)
