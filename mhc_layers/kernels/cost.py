@@ -71,8 +71,10 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
 
     Parameters
     ----------
-    step : {"pre_forward", "post_forward", "post_backward", "pre_backward"}
-        The operator.
+    step : str
+        The operator: ``"pre_forward"``, ``"post_forward"``, ``"post_backward"``, ``"pre_backward"``; a fused boundary,
+        ``"boundary_forward"`` (write with the next projection, then the read), ``"boundary_read_forward"`` (the single
+        pass of a delayed read) and ``"boundary_backward"`` (B1, then B2 with A).
     num_tokens, num_streams, dim : int
         M, n, C.
     item_size : int
@@ -86,6 +88,8 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
     >>> E = 2 * 8192 * 4096
     >>> [bytes_moved(step, 8192, 4, 4096) // E for step in ("pre_forward", "post_forward", "post_backward")]
     [9, 9, 10]
+    >>> [bytes_moved(f"boundary_{step}", 8192, 4, 4096) // E for step in ("forward", "read_forward", "backward")]
+    [14, 10, 24]
     """
     n = num_streams
     rows = n * (n + 2)
@@ -97,5 +101,8 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
         "post_forward": (2 * n + 1, 1, 0),
         "post_backward": (2 * n + 2, 2, 0),
         "pre_backward": (4 * n + 2, 5, 2),
+        "boundary_forward": (3 * n + 2, 6, 1),
+        "boundary_read_forward": (2 * n + 2, 5, 1),
+        "boundary_backward": (5 * n + 4, 7, 2),
     }[step]
     return passes * stream + rows_moved * row + phis * phi
