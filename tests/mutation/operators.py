@@ -7,9 +7,11 @@ they do not change what is computed.
 from __future__ import annotations
 
 import ast
+import collections
 import copy
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Mutant", "mutants"]
 
@@ -40,20 +42,25 @@ _NAMES = {"max": "min", "min": "max", "any": "all", "all": "any", "exp": "expm1"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: its line and enclosing function, what it is, and the whole changed source."""
+    """One change: its line and enclosing function, what it is, and the whole changed source.
+
+    ``identity`` stays the same while the enclosing function does, wherever it moves.
+    """
 
     line: int
     where: str
     kind: str
     before: str
     after: str
-    source: str
+    identity: str
+    source: str = field(repr=False)
 
 
 def mutants(source: str) -> Iterator[Mutant]:
     """Yield every mutant of a module's source, in order of lines."""
     tree = ast.parse(source)
     sites = [node for node in _live(tree) if not isinstance(node, ast.expr_context)]
+    seen: collections.Counter[tuple[str, ...]] = collections.Counter()
     for position, node in enumerate(sites):
         for kind, change in _changes(node):
             changed_tree = copy.deepcopy(tree)
@@ -63,18 +70,25 @@ def mutants(source: str) -> Iterator[Mutant]:
             _replace(changed_tree, target, after_node)
             ast.fix_missing_locations(changed_tree)
             text = ast.unparse(changed_tree)
-            where = _enclosing(tree, getattr(node, "lineno", 0))
-            yield Mutant(getattr(node, "lineno", 0), where, kind, _short(before), _short(ast.unparse(after_node)), text)
+            line = getattr(node, "lineno", 0)
+            where, holder = _enclosing(tree, line)
+            change = (where, kind, _short(before), _short(ast.unparse(after_node)))
+            seen[change] += 1
+            digest = hashlib.sha1(f"{change} {seen[change]} {holder}".encode(), usedforsecurity=False).hexdigest()[:16]
+            yield Mutant(line, *change, digest, text)
 
 
-def _enclosing(tree: ast.AST, line: int) -> str:
-    """Return the innermost function or class that holds a line, or ``"module"``."""
+def _enclosing(tree: ast.AST, line: int) -> tuple[str, str]:
+    """Return name and text of the innermost function or class that holds a line, or ``"module"`` and nothing."""
     holders = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno <= line <= (node.end_lineno or 0)
     ]
-    return max(holders, key=lambda node: node.lineno).name if holders else "module"
+    if not holders:
+        return "module", ""
+    innermost = max(holders, key=lambda node: node.lineno)
+    return innermost.name, ast.unparse(innermost)
 
 
 def _short(text: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 
-from tests.mutation.__main__ import TARGETS
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.operators import mutants
+from tests.mutation.patch import change_code, is_inside_functions
+from tests.mutation.targets import TARGETS
 
 
 def test_operators_change_one_thing_each_and_leave_texts_alone() -> None:
@@ -26,6 +29,50 @@ def clip(x, low: int = 0):
     for mutant in mutants(source):
         compile(mutant.source, "mutant", "exec")
         assert mutant.source != source
+
+
+def test_an_identity_moves_with_its_function() -> None:
+    one, other = ("def f(x):\n    return x + 1\n", "def g(x):\n    return x - 1\n")
+    identities = [{m.identity for m in mutants(source)} for source in (one + other, other + one)]
+    assert identities[0] == identities[1] and len(identities[0]) == len(list(mutants(one + other)))
+    changed = {m.identity for m in mutants(one + other.replace("- 1", "- 2"))}
+    assert len(identities[0] & changed) == len(list(mutants(one)))
+
+
+SOURCE = """
+from functools import cache
+
+LIMIT = 3
+
+@cache
+def double(x):
+    return 2 * x
+
+class Scale:
+    factor = 2
+
+    @property
+    def shown(self):
+        return self.factor + LIMIT
+
+    @staticmethod
+    def halve(x):
+        return x / 2
+"""
+
+
+def test_changed_code_reaches_every_name_of_a_function() -> None:
+    module = types.ModuleType("changed")
+    module.__file__ = "changed.py"
+    exec(SOURCE, module.__dict__)
+    kept, instance = module.double, module.Scale()
+    assert (kept(4), instance.shown, instance.halve(4)) == (8, 5, 2)
+    changed = SOURCE.replace("2 * x", "3 * x").replace("factor + LIMIT", "factor - LIMIT").replace("x / 2", "x / 4")
+    assert is_inside_functions(SOURCE, changed)
+    change_code(module, changed)
+    assert (kept(4), instance.shown, instance.halve(4)) == (12, -1, 1)
+    for before, after in (("LIMIT = 3", "LIMIT = 4"), ("factor = 2", "factor = 3"), ("@cache\n", "")):
+        assert not is_inside_functions(SOURCE, SOURCE.replace(before, after))
 
 
 @pytest.mark.slow
