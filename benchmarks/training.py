@@ -1,18 +1,19 @@
 """Forward and backward of a dense Transformer: what mHC costs over the plain residual, in time and in memory.
 
-``python -m benchmarks training --dims 2048 4096`` builds the same body for every connection (same sublayers under
-``torch.compile``), checks that the implementations of mHC agree in the loss and in the gradients, then times a step.
-The optimizer is left out: it costs the same for all, and would hide the difference.
+``python -m benchmarks training --dims 4096 2048`` builds the same body for every connection (same sublayers under
+``torch.compile``; the residual's addition and norm too), checks that the implementations of mHC agree in the loss and
+in the gradients, then times a step as called and in a CUDA graph. The optimizer is left out: it costs the same for all,
+and would hide the difference.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ahead import compile_ahead
 from benchmarks.device import copy_rate, free, machine, time_calls
-from benchmarks.layer import PACKAGES, floors
+from benchmarks.layer import PACKAGES
+from benchmarks.layer_measure import floors, survives
+from benchmarks.training_report import markdown, plot
 from mhc_layers import Transformer, TransformerConfig
-from mhc_layers._sites import FUNCTIONAL
-from mhc_layers.parallel.recompute import apply_recompute, block_size
+from mhc_layers._recompute import kept_bytes
+from mhc_layers._sites import FUNCTIONAL, ResidualSite
+from mhc_layers.parallel.recompute import apply_recompute, block_boundaries, block_size
 
-__all__ = ["main", "markdown"]
+__all__ = ["VARIANTS", "Variant", "build", "main", "step"]
+
+DEVICE = "cuda"
+REFERENCE, FUSED = "mHC, plain torch", "mHC, fused"
 
 
 class CompiledSite:
-    """The plain row with each step under ``torch.compile``."""
+    """A row of plain torch with each step under ``torch.compile``, the norm of what is read in it."""
 
-    def __init__(self) -> None:
-        self.pre = torch.compile(FUNCTIONAL.pre, dynamic=False)
-        self.post = torch.compile(FUNCTIONAL.post, dynamic=False)
-        self.boundary = torch.compile(FUNCTIONAL.boundary, dynamic=False)
+    def __init__(self, row: Any) -> None:
+        self.pre = torch.compile(row.pre, dynamic=False)
+        self.post = torch.compile(row.post, dynamic=False)
+        self.boundary = torch.compile(row.boundary, dynamic=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +59,17 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("residual", "residual", lambda: "auto"),
-    Variant("mHC, plain torch", "mhc", lambda: "functional"),
-    Variant("mHC, plain torch, compiled", "mhc", CompiledSite),
-    Variant("mHC, fused, separate steps", "mhc", lambda: "fused", separate=True),
-    Variant("mHC, fused", "mhc", lambda: "fused"),
+    Variant("residual", "residual", lambda: CompiledSite(ResidualSite())),
+    Variant(REFERENCE, "mhc", lambda: "functional"),
+    Variant(FUSED, "mhc", lambda: "fused"),
     Variant("mHC, fused, recompute", "mhc", lambda: "fused", recompute=True),
+    Variant("mHC, fused, separate steps", "mhc", lambda: "fused", separate=True),
+    Variant("mHC, plain torch, compiled", "mhc", lambda: CompiledSite(FUNCTIONAL)),
 )
+
+
+#: what compiles code that no other variant needs, or needs it first
+COMPILE_FIRST = ("residual", FUSED, "mHC, fused, recompute", "mHC, plain torch, compiled")
 
 
 class SeparateSteps:
@@ -82,16 +94,16 @@ def build(variant: Variant, dim: int, num_layers: int, sequence: int) -> Transfo
         max_seq_len=sequence,
         connection=variant.connection,
     )
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = Transformer(config).bfloat16()
-    generator = torch.Generator(device="cuda").manual_seed(1)
+    generator = torch.Generator(device=DEVICE).manual_seed(1)
     implementation = variant.implementation()
     for site in model.sites:
+        site.requested_implementation = implementation
+        site._apply(lambda tensor: tensor)  # resolves again
+        if variant.separate:
+            site.requested_implementation = site._implementation = _separate(site.implementation)
         if variant.connection == "mhc":
-            site.requested_implementation = implementation
-            site._apply(lambda tensor: tensor)  # resolves again
-            if variant.separate:
-                site.requested_implementation = site._implementation = _separate(site.implementation)
             with torch.no_grad():  # away from the initial values, so that every term counts
                 site.phi.normal_(std=0.02, generator=generator)
                 for gate in (site.alpha_pre, site.alpha_post, site.alpha_res):
@@ -129,20 +141,53 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def measure(variant: Variant, dim: int, num_layers: int, batch: int, sequence: int, expected: Any) -> dict[str, Any]:
+def saved_by_recompute(num_tokens: int, num_sites: int, dim: int) -> int:
+    """Bytes that recomputation in the best blocks keeps less than fused sites without it, n = 4, bfloat16 streams."""
+    everything = num_sites * (kept_bytes(num_tokens, 1, 4, dim) + 2 * num_tokens * dim)  # x, f, coefficients; and u
+    blocks = block_boundaries([num_sites], num_streams=4)
+    return everything - sum(kept_bytes(num_tokens, stop - start, 4, dim) for start, stop in blocks)
+
+
+def _tokens(batch: int, sequence: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device=DEVICE).manual_seed(2)
+    tokens, targets = (torch.randint(256, (batch, sequence), device=DEVICE, generator=generator) for _ in range(2))
+    return tokens, targets
+
+
+def _memory(model: Transformer, tokens: Tensor, targets: Tensor) -> dict[str, int]:
+    """Peak of a step above the weights, and what lives between its forward and its backward."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    free()
+    static = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(model, tokens, targets)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - static
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss, _ = model.loss(tokens, targets)
+    kept = torch.cuda.memory_allocated() - static
+    del loss
+    free()
+    return {"peak_bytes": peak, "kept_bytes": kept}
+
+
+def measure(
+    variant: Variant, dim: int, num_layers: int, batch: int, sequence: int, graph: bool, expected: Any
+) -> dict[str, Any]:
     """Check one variant against the plain one, then time a step and read its memory."""
     row: dict[str, Any] = {"name": variant.name}
     model = build(variant, dim, num_layers, sequence)
     row["implementation"] = type(model.sites[0].implementation).__name__
-    row["recompute_block"] = block_size(len(model.sites), num_streams=4) if variant.recompute else None
-    generator = torch.Generator(device="cuda").manual_seed(2)
-    tokens, targets = (torch.randint(256, (batch, sequence), device="cuda", generator=generator) for _ in range(2))
+    tokens, targets = _tokens(batch, sequence)
     found = _probe(model, tokens, targets)
     row["loss"] = found["loss"]
     if variant.connection == "mhc":
-        if expected.get("mhc") is None:
+        if variant.name == REFERENCE:
             expected["mhc"] = found
-        want = expected["mhc"]
+        if (want := expected.get("mhc")) is None:
+            return row | {"skipped": f"{REFERENCE!r} did not run, so there is nothing to compare with"}
         row["agreement"] = {
             "loss": abs(found["loss"] / want["loss"] - 1),
             "embedding": _relative(found["embedding"], want["embedding"]),
@@ -151,26 +196,21 @@ def measure(variant: Variant, dim: int, num_layers: int, batch: int, sequence: i
         if not row["agreement"]["loss"] < 5e-3 or not row["agreement"]["embedding"] < 0.1:
             return row | {"skipped": f"disagrees with the plain implementation: {row['agreement']}"}
     del found
-    for parameter in model.parameters():
-        parameter.grad = None
-    free()
-    static = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(model, tokens, targets)
-    torch.cuda.synchronize()
-    row["peak_bytes"] = torch.cuda.max_memory_allocated() - static
-    loss, _ = model.loss(tokens, targets)
-    row["kept_bytes"] = (
-        torch.cuda.memory_allocated()
-        - static
-        - sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-    )
-    del loss
-    free()
-    times = time_calls([lambda: step(model, tokens, targets)], graph=False, budget_ms=1000.0)
-    row["called_us"] = times.called
-    row["tokens_per_second"] = batch * sequence / times.called * 1e6
+    row |= _memory(model, tokens, targets)
+    if variant.recompute:
+        row["recompute_block"] = block_size(len(model.sites), num_streams=4)
+        row["formula_saves_bytes"] = saved_by_recompute(batch * sequence, len(model.sites), dim)
+    times = time_calls([lambda: step(model, tokens, targets)], graph=graph, budget_ms=900.0)
+    row |= {"called_us": times.called, "graph_us": times.graph, "graph_refused": times.refused}
     return row
+
+
+def compile_only(dim: int, num_layers: int, batch: int, sequence: int, names: list[str]) -> None:
+    """Run one step of each variant, so that the compiled code lands in the caches on disk."""
+    for variant in VARIANTS:
+        if variant.name in names:
+            step(build(variant, dim, num_layers, sequence), *_tokens(batch, sequence))
+            torch.cuda.synchronize()
 
 
 def run(
@@ -178,115 +218,102 @@ def run(
     num_layers: int,
     batch: int,
     sequence: int,
-    names: list[str] | None,
-    save: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Measure every variant at every width; ``save`` gets the report after each, so that a stop loses one."""
-    rate = copy_rate()
-    report: dict[str, Any] = {"machine": machine(PACKAGES), "copy_bytes_per_second": rate, "widths": []}
-    report |= {"layers": num_layers, "batch": batch, "sequence": sequence}
+    names: list[str],
+    graph: bool,
+    seconds: float,
+    report: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Measure every variant at every width into ``report``; ``save`` is called after each row.
+
+    No row starts after ``seconds``; those that were not reached are named.
+    """
+    stop = time.monotonic() + seconds
+    rate = report["copy_bytes_per_second"] = copy_rate()
     for dim in dims:
-        stream = 2 * batch * sequence * dim
-        floor = 2 * num_layers * floors(4)["both"] * stream / rate * 1e6
+        floor = 2 * num_layers * floors(4)["both"] * 2 * batch * sequence * dim / rate * 1e6
         width: dict[str, Any] = {"dim": dim, "connections_floor_us": floor, "rows": []}
         report["widths"].append(width)
         expected: dict[str, Any] = {}
-        for variant in VARIANTS:
-            if names and variant.name not in names:
-                continue
+        for variant in (variant for variant in VARIANTS if variant.name in names):
             row: dict[str, Any] = {"name": variant.name}
-            try:
-                row = measure(variant, dim, num_layers, batch, sequence, expected)
-            except Exception as error:
-                row["skipped"] = (
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
-                )
+            if time.monotonic() > stop:
+                row["skipped"] = f"not reached in {seconds:.0f} s"
+            else:
+                with survives(row):
+                    row = measure(variant, dim, num_layers, batch, sequence, graph, expected)
             width["rows"].append(row)
-            save(report)
+            save()
             print(f"C={dim} {json.dumps(row)}", file=sys.stderr, flush=True)
             free()
-            with contextlib.suppress(Exception):
-                torch.compiler.reset()
-    return report
+            torch.compiler.reset()
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """Render a report; overhead is over the residual baseline of the same run."""
-    about = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    tokens = report["batch"] * report["sequence"]
-    lines = [
-        "# Forward and backward of a dense Transformer, n = 4, bfloat16",
-        "",
-        f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
-        f"{about['commit']}. Copy rate of this run: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s.",
-        f"Command: `{report.get('command', '')}`",
-        *(["", report["note"]] if "note" in report else []),
-        "",
-        f"{report['layers']} layers, {report['batch']} x {report['sequence']} = {tokens} tokens, SwiGLU of 8/3 C, "
-        "heads of 128, sublayers under torch.compile in every row, no optimizer step, as called. Kept is alive between "
-        "forward and backward; peak is the highest above weights, gradients included.",
-    ]
-    for width in report["widths"]:
-        timed = {row["name"]: row for row in width["rows"] if "called_us" in row}
-        base = timed.get("residual")
-        header = ["connection", "overhead", "step, ms", "tokens/s", "kept, GB", "peak, GB"]
-        lines += ["", f"## C = {width['dim']}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-        for row in timed.values():
-            overhead = "-"
-            if base is not None:
-                overhead = f"{100 * (base['tokens_per_second'] / row['tokens_per_second'] - 1):.1f} %"
-            cells = [row["name"], overhead, f"{row['called_us'] / 1e3:.2f}"]
-            cells += [
-                f"{row['tokens_per_second']:.0f}",
-                f"{row['kept_bytes'] / 1e9:.2f}",
-                f"{row['peak_bytes'] / 1e9:.2f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        if base is not None:
-            floor = width["connections_floor_us"] * base["tokens_per_second"] / tokens / 1e4
-            lines += ["", f"Byte floor of the connections (29 streams a site): {floor:.1f} % of the residual's step."]
-        for row in width["rows"]:
-            if "agreement" in row:
-                numbers = ", ".join(f"{name} {value:.1e}" for name, value in row["agreement"].items())
-                lines += ["", f"{row['name']}, relative difference from the plain implementation: {numbers}."]
-        skipped = [f"- {row['name']}: {row['skipped']}" for row in width["rows"] if "skipped" in row]
-        if skipped:
-            lines += ["", "Not timed:", "", *skipped]
-    return "\n".join(lines) + "\n"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__.splitlines()[0])
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--dims", type=int, nargs="+", default=[4096, 2048])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--names", nargs="+", choices=names, default=names, help="only these connections")
+    parser.add_argument("--no-graph", action="store_true", help="time steps as called only")
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no row later than this")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
+    parser.add_argument("--compile-only", action="store_true", help="fill the caches on disk, measure nothing")
+    parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
+    parser.add_argument("--json", type=Path, help="write the report here, after every row")
+    parser.add_argument("--markdown", type=Path, help="write the tables here, after every row")
+    parser.add_argument("--plot", type=Path, help="write a figure here (needs matplotlib)")
+    parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``python -m benchmarks training``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__.splitlines()[0])
-    parser.add_argument("--dims", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--sequence", type=int, default=4096)
-    parser.add_argument("--names", nargs="+", help="only these connections")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
+    shape = (arguments.layers, arguments.batch, arguments.sequence)
     if arguments.from_json is not None:
         report = json.loads(arguments.from_json.read_text())
     elif not torch.cuda.is_available():
         print("benchmarks training needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
+    elif arguments.compile_only:
+        for dim in arguments.dims:
+            compile_only(dim, *shape, arguments.names)
+        return 0
     else:
-        command = shlex.join(["python", "-m", "benchmarks", "training", *(sys.argv[1:] if argv is None else argv)])
+        report = {"machine": machine(PACKAGES, arguments.commit), "widths": []}
+        report |= {"layers": arguments.layers, "batch": arguments.batch, "sequence": arguments.sequence}
+        report["command"] = shlex.join(
+            ["python", "-m", "benchmarks", "training", *(sys.argv[1:] if argv is None else argv)]
+        )
+        start = time.monotonic()
+        if arguments.jobs:
+            options = ["--layers", "--batch", "--sequence"]
+            sizes = [text for pair in zip(options, map(str, shape), strict=True) for text in pair]
+            commands = [
+                ["training", "--compile-only", "--dims", str(dim), "--names", name, *sizes]
+                for dim in arguments.dims
+                for name in arguments.names
+                if name in COMPILE_FIRST
+            ]
+            print(compile_ahead(commands, arguments.jobs, arguments.seconds / 2), file=sys.stderr, flush=True)
 
-        def save(report: dict[str, Any]) -> None:
-            report["command"] = command
+        def save() -> None:
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            if arguments.markdown is not None:
+                arguments.markdown.write_text(markdown(report))
 
-        shape = (arguments.layers, arguments.batch, arguments.sequence)
-        report = run(arguments.dims, *shape, arguments.names, save)
+        left = arguments.seconds - (time.monotonic() - start)
+        run(arguments.dims, *shape, arguments.names, not arguments.no_graph, left, report, save)
     text = markdown(report)
     print(text)
     if arguments.markdown is not None:
         arguments.markdown.write_text(text)
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
     return 0
 
 

@@ -1,0 +1,137 @@
+"""Tables and figures of a training report, from its JSON alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["markdown", "overhead", "plot"]
+
+#: what the fused connection may cost over the residual at C = 4096, and the paper's own number
+BAR, STRETCH = 10.0, 6.7
+
+
+def overhead(row: dict[str, Any], base: dict[str, Any] | None, key: str) -> float | None:
+    """Percent that a step takes longer than the residual's, both as called or both in a graph."""
+    if base is None or row.get(key) is None or base.get(key) is None:
+        return None
+    return 100 * (row[key] / base[key] - 1)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    head = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return [*head, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _rows(timed: list[dict[str, Any]], base: dict[str, Any] | None, tokens: int) -> list[list[str]]:
+    table = []
+    for row in timed:
+        cells = [row["name"]]
+        for key in ("called_us", "graph_us"):
+            cells.append(_percent(overhead(row, base, key)))
+            found = row.get(key)
+            cells += ["-", "-"] if found is None else [f"{found / 1e3:.2f}", f"{tokens / found * 1e6:.0f}"]
+        table.append([*cells, f"{row['kept_bytes'] / 1e9:.2f}", f"{row['peak_bytes'] / 1e9:.2f}"])
+    return table
+
+
+def _width(width: dict[str, Any], tokens: int) -> list[str]:
+    timed = {row["name"]: row for row in width["rows"] if "called_us" in row}
+    base = timed.get("residual")
+    header = ["connection", "overhead as called", "step, ms", "tokens/s"]
+    header += ["overhead in a graph", "step, ms", "tokens/s", "kept, GB", "peak, GB"]
+    lines = ["", f"## C = {width['dim']}", "", *_table(header, _rows(list(timed.values()), base, tokens))]
+    if base is not None:
+        floor = width["connections_floor_us"] / min(base[k] for k in ("called_us", "graph_us") if base.get(k)) * 100
+        text = (
+            f"Byte floor of the connections (29 streams a site at the copy rate): {floor:.1f} % of the residual's step."
+        )
+        fused = timed.get("mHC, fused")
+        if fused is not None and width["dim"] == 4096:
+            both = [overhead(fused, base, key) for key in ("called_us", "graph_us")]
+            found = min(value for value in both if value is not None)
+            verdict = "met" if found <= BAR else "**missed**"
+            text += f" Bar {BAR:.0f} % (stretch {STRETCH} %) for the fused connection: {found:.1f} %, {verdict}."
+        lines += ["", text]
+    for row in timed.values():
+        if "formula_saves_bytes" in row and "mHC, fused" in timed:
+            saved = timed["mHC, fused"]["kept_bytes"] - row["kept_bytes"]
+            expected = row["formula_saves_bytes"]
+            lines += [
+                "",
+                f"{row['name']}, blocks of {row['recompute_block']} sites: keeps {saved / 1e6:.1f} MB less than "
+                f"without; the formula says {expected / 1e6:.1f} MB ({100 * (saved / expected - 1):+.2f} %).",
+            ]
+    agreements = [
+        [row["name"], *(f"{value:.1e}" for value in row["agreement"].values())]
+        for row in width["rows"]
+        if "agreement" in row
+    ]
+    if agreements:
+        lines += ["", "Relative difference from plain torch:", ""]
+        lines += _table(["connection", "loss", "gradient of the embedding", "gradient of phi"], agreements)
+    skipped = [f"- {row['name']}: {row['skipped']}" for row in width["rows"] if "skipped" in row]
+    skipped += [
+        f"- {row['name']}, in a graph: {row['graph_refused']}" for row in timed.values() if row["graph_refused"]
+    ]
+    return [*lines, "", "Not timed:", "", *skipped] if skipped else lines
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Render a report; overhead is over the residual baseline of the same run."""
+    about = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    tokens = report["batch"] * report["sequence"]
+    lines = [
+        "# Forward and backward of a dense Transformer, n = 4, bfloat16",
+        "",
+        f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
+        f"{about['commit']}. Copy rate of this run: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s.",
+        f"Command: `{report.get('command', '')}`",
+        *(["", report["note"]] if "note" in report else []),
+        "",
+        f"{report['layers']} layers, {report['batch']} x {report['sequence']} = {tokens} tokens, SwiGLU of 8/3 C, "
+        "heads of 128, sublayers under torch.compile in every row, the residual's addition and norm as well, no "
+        "optimizer step. Kept is alive between forward and backward; peak is the highest above weights, gradients "
+        "included.",
+    ]
+    for width in report["widths"]:
+        lines += _width(width, tokens)
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draw the overhead over the residual and the memory that is kept, one row of panels a width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    widths = report["widths"]
+    figure, axes = pyplot.subplots(len(widths), 2, figsize=(11, 2.6 * len(widths)), squeeze=False, layout="constrained")
+    for (left, right), width in zip(axes, widths, strict=True):
+        timed = [row for row in width["rows"] if "called_us" in row][::-1]
+        base = next((row for row in timed if row["name"] == "residual"), None)
+        names = [row["name"] for row in timed]
+        for offset, key, label in ((0.2, "called_us", "as called"), (-0.2, "graph_us", "in a CUDA graph")):
+            values = [overhead(row, base, key) or 0.0 for row in timed]
+            bars = left.barh([index + offset for index in range(len(names))], values, height=0.38, label=label)
+            left.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        left.set_yticks(range(len(names)), names)
+        left.set_xscale("symlog", linthresh=20)
+        left.set_xlabel("step over the residual's, %")
+        left.set_title(f"C = {width['dim']}")
+        left.legend(loc="lower right", fontsize=8)
+        bars = right.barh(names, [row["kept_bytes"] / 1e9 for row in timed], color="#55a868")
+        right.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        right.set_yticks(range(len(names)), [""] * len(names))
+        right.set_xlabel("kept between forward and backward, GB")
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(x=0.12)
+    figure.savefig(path)
+    pyplot.close(figure)

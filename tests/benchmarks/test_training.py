@@ -1,0 +1,93 @@
+"""The training benchmark without a GPU: variants agree, rows come one by one, and what the report says of them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import device, training, training_report
+from mhc_layers import PAPER
+from mhc_layers._torch_ops import fused_site
+
+MACHINE = {"date": "d", "device": "gpu", "cuda": "13", "python": "3", "versions": {"torch": "2"}, "commit": None}
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every variant on the CPU in plain torch, once, with invented times and memory."""
+
+    def time_calls(calls: list, *, graph: bool, budget_ms: float) -> device.Times:
+        calls[0]()
+        return device.Times(2000.0, 1000.0 if graph else None, None if graph else "not asked for")
+
+    fused = [
+        dataclasses.replace(variant, implementation=lambda: fused_site(PAPER)) if "fused" in variant.name else variant
+        for variant in training.VARIANTS
+    ]
+    monkeypatch.setattr(training, "VARIANTS", fused)
+    monkeypatch.setattr(training, "DEVICE", "cpu")
+    monkeypatch.setattr(training, "time_calls", time_calls)
+    monkeypatch.setattr(training, "copy_rate", lambda: 3e12)
+    monkeypatch.setattr(training, "_memory", lambda *_: {"peak_bytes": 2 * 10**9, "kept_bytes": 10**9})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_every_variant_is_checked_against_plain_torch_and_saved() -> None:
+    report, saved = {"machine": MACHINE, "layers": 2, "batch": 1, "sequence": 16, "widths": []}, []
+    names = [variant.name for variant in training.VARIANTS]
+    training.run([128], 2, 1, 16, names, True, 600.0, report, lambda: saved.append(training_report.markdown(report)))
+    rows = {row["name"]: row for row in report["widths"][0]["rows"]}
+    assert list(rows) == names and len(saved) == len(names)
+    assert not [row for row in rows.values() if "skipped" in row]
+    assert rows[training.REFERENCE]["agreement"]["phi"] == 0.0 < rows[training.FUSED]["agreement"]["phi"] < 0.1
+    assert rows["mHC, fused, recompute"]["recompute_block"] == 2
+    training.run([128], 2, 1, 16, names, True, -1.0, report, lambda: None)
+    assert all("not reached" in row["skipped"] for row in report["widths"][1]["rows"])
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_a_connection_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(type(fused_site(PAPER))):
+        def post(self, x: torch.Tensor, f: torch.Tensor, state: object) -> torch.Tensor:
+            return super().post(x, 2 * f, state)
+
+        def boundary(self, x: torch.Tensor, f: torch.Tensor, *rest: object) -> object:
+            return super().boundary(x, 2 * f, *rest)
+
+    wrong = dataclasses.replace(training.VARIANTS[2], implementation=lambda: Wrong(PAPER))
+    monkeypatch.setattr(training, "VARIANTS", [*training.VARIANTS[:2], wrong])
+    report: dict = {"widths": []}
+    names = ["residual", training.REFERENCE, training.FUSED]
+    training.run([128], 2, 1, 16, names, False, 600.0, report, lambda: None)
+    assert "disagrees" in report["widths"][0]["rows"][2]["skipped"]
+
+
+def test_what_recomputation_saves_is_streams_and_inputs_of_sublayers() -> None:
+    """8 sites in blocks of 2 at C = 16: 4 of 8 streams of 4 x 16 values are not kept, nor are 8 inputs of 16."""
+    assert training.saved_by_recompute(3, 8, 16) == 3 * 2 * (4 * 4 * 16 + 8 * 16)
+
+
+def row(name: str, called: float, graph: float | None, **other: object) -> dict:
+    found = {"name": name, "called_us": called, "graph_us": graph, "graph_refused": None if graph else "E: no"}
+    return found | {"kept_bytes": 10**9, "peak_bytes": 2 * 10**9} | other
+
+
+def test_the_report_takes_overhead_from_the_residual_of_the_same_run(tmp_path: Path) -> None:
+    rows = [
+        row("residual", 10_000.0, 9_000.0),
+        row("mHC, fused", 12_500.0, 9_800.0),
+        row("mHC, fused, recompute", 13_000.0, None, kept_bytes=5e8, formula_saves_bytes=5e8, recompute_block=2),
+        {"name": "mHC, plain torch", "skipped": "not reached in 1 s"},
+    ]
+    width = {"dim": 4096, "connections_floor_us": 450.0, "rows": rows}
+    report = {"machine": MACHINE, "copy_bytes_per_second": 3e12, "layers": 1, "batch": 1, "sequence": 8}
+    report |= {"widths": [width]}
+    text = training_report.markdown(report)
+    assert "| mHC, fused | 25.0 % | 12.50 | 640 | 8.9 % | 9.80 | 816 |" in text
+    assert "5.0 % of the residual's step" in text and "8.9 %, met" in text
+    assert "the formula says 500.0 MB (+0.00 %)" in text
+    assert "- mHC, plain torch: not reached in 1 s" in text and "recompute, in a graph: E: no" in text
+    training_report.plot(report, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
