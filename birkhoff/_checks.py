@@ -7,7 +7,7 @@ from typing import Any
 from birkhoff import _xp
 from birkhoff.errors import DtypeError, OptionError, ShapeError
 
-__all__ = ["check_solver", "square_matrices"]
+__all__ = ["check_solver", "matching_gradient", "square_matrices"]
 
 
 def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
@@ -27,6 +27,17 @@ def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
         raise ShapeError(
             f"{name} must have shape (..., n, n), got {shape}; the last two axes hold the square matrix"
             f"{', which must not be empty' if nonempty else ''}, all others are batch axes"
+        )
+    return xp
+
+
+def matching_gradient(logits: Any, grad_matrix: Any) -> Any:
+    """The namespace of logits and a gradient of their projection, of the same shape and library."""
+    xp = _xp.array_namespace(logits, grad_matrix)
+    square_matrices(logits, "logits")
+    if logits.shape != grad_matrix.shape:
+        raise ShapeError(
+            f"grad_matrix must have the shape of logits, got {tuple(grad_matrix.shape)} and {tuple(logits.shape)}"
         )
     return xp
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from birkhoff import _layout, _math, _tangent, _xp
+from birkhoff._checks import matching_gradient
 from birkhoff.adjoints.unrolled import Unrolled
-from birkhoff.errors import OptionError, ShapeError
+from birkhoff.errors import OptionError
 from birkhoff.precision import DEFAULT, Precision
 
 __all__ = ["Implicit", "implicit_vjp"]
@@ -80,14 +81,10 @@ class Implicit:
 
         Raises
         ------
-        ShapeError
-            If the two arrays differ in shape.
+        ArrayTypeError, DtypeError, ShapeError
+            For logits that :func:`birkhoff.project` refuses, and for arrays of different libraries or shapes.
         """
-        xp = _xp.array_namespace(logits, grad_matrix)
-        if logits.shape != grad_matrix.shape:
-            raise ShapeError(
-                f"grad_matrix must have the shape of logits, got {tuple(grad_matrix.shape)} and {tuple(logits.shape)}"
-            )
+        xp = matching_gradient(logits, grad_matrix)
         if 0 in logits.shape:
             return xp.zeros_like(logits)
         settled = precision.resolve(logits.dtype)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from birkhoff import _layout, _xp
+from birkhoff._checks import matching_gradient
 from birkhoff._layout import Frame
 from birkhoff._registry import load
-from birkhoff.errors import ShapeError
 from birkhoff.precision import DEFAULT, Precision
 
 __all__ = ["Unrolled", "unrolled_jvp", "unrolled_matrix", "unrolled_vjp", "unrolled_vjp_tangent"]
@@ -59,14 +59,10 @@ class Unrolled:
 
         Raises
         ------
-        ShapeError
-            If the two arrays differ in shape.
+        ArrayTypeError, DtypeError, ShapeError
+            For logits that :func:`birkhoff.project` refuses, and for arrays of different libraries or shapes.
         """
-        xp = _xp.array_namespace(logits, grad_matrix)
-        if logits.shape != grad_matrix.shape:
-            raise ShapeError(
-                f"grad_matrix must have the shape of logits, got {tuple(grad_matrix.shape)} and {tuple(logits.shape)}"
-            )
+        xp = matching_gradient(logits, grad_matrix)
         if 0 in logits.shape:
             return xp.zeros_like(logits)
         n = logits.shape[-1]
