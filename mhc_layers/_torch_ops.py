@@ -70,14 +70,18 @@ def pre_forward(
 
     With the gain ``norm (C,)`` of a root-mean-square norm, u is normalised, and the last output is ``inverse (...)``.
     """
-    x = x.contiguous()
+    x, phi, bias = x.contiguous(), phi.contiguous(), bias.contiguous()
+    alphas, before = (alpha_pre, alpha_post, alpha_res), None if previous is None else token_rows(previous)
+    chain = leaf("site_forward", x, required=False) if norm is None else None
+    if chain is not None:
+        u, coef, proj, rstd = chain(x, phi, alphas, bias, site_options(options), before)
+        return u, coef, proj, rstd, rstd.new_empty((0,))
     with without_autocast(x.device.type):
-        slabs, squares = leaf("project", x)(x, phi.contiguous())
-        alphas = (alpha_pre, alpha_post, alpha_res)
+        slabs, squares = leaf("project", x)(x, phi)
         coef, proj, rstd = leaf("finish", x)(
-            slabs, squares, alphas, bias.contiguous(), site_options(options), phi.shape[1], x.shape[:-2]
+            slabs, squares, alphas, bias, site_options(options), phi.shape[1], x.shape[:-2]
         )
-        read = coef if previous is None else token_rows(previous)
+        read = coef if before is None else before
         if norm is None:
             u, inverse = leaf("read_forward", x)(x, read), rstd.new_empty((0,))
         else:
@@ -179,41 +183,38 @@ def pre_backward(
 
     The last output is ``dnorm (C,)`` where the read was fused with a norm of gain ``norm``.
     """
-    x = x.contiguous()
-    with without_autocast(x.device.type):
-        g = None if g is None else g.contiguous()
-        gu = None if gu is None else gu.contiguous()
-        dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
-        read = None if previous is None else token_rows(previous)
-        dots, dnorm = None, proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
-        if gu is not None and (norm is None or inverse is None):
-            dots = leaf("read_backward", x)(gu, x)
-        elif gu is not None and norm is not None and inverse is not None:
-            gu, dots, dnorm = leaf("read_norm_backward", x)(
-                gu,
-                x,
-                norm.contiguous(),
-                inverse.contiguous(),
-                proj.contiguous(),
-                alpha_pre,
-                bias.contiguous(),
+    x, phi, bias, proj, rstd = (tensor.contiguous() for tensor in (x, phi, bias, proj, rstd))
+    g = None if g is None else g.contiguous()
+    gu = None if gu is None else gu.contiguous()
+    dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
+    alphas, read = (alpha_pre, alpha_post, alpha_res), None if previous is None else token_rows(previous)
+    chain = leaf("site_backward", x, required=False) if norm is None else None
+    if chain is not None:
+        dnorm = proj.new_empty((0,))
+        dx, dphi, dparams, dots = chain(x, g, gu, phi, alphas, bias, proj, rstd, dcoef, site_options(options), read)
+    else:
+        with without_autocast(x.device.type):
+            dots, dnorm = None, proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
+            if gu is not None and (norm is None or inverse is None):
+                dots = leaf("read_backward", x)(gu, x)
+            elif gu is not None and norm is not None and inverse is not None:
+                gu, dots, dnorm = leaf("read_norm_backward", x)(
+                    gu, x, norm.contiguous(), inverse.contiguous(), proj, alpha_pre, bias, site_options(options), read
+                )
+            mix, dz, partials = leaf("finish_backward", x)(
+                proj,
+                rstd,
+                dcoef,
+                dots if read is None else None,
+                alphas,
+                bias,
                 site_options(options),
+                phi.shape[1],
+                x.dtype,
                 read,
             )
-        mix, dz, partials = leaf("finish_backward", x)(
-            proj.contiguous(),
-            rstd.contiguous(),
-            dcoef,
-            dots if previous is None else None,
-            (alpha_pre, alpha_post, alpha_res),
-            bias.contiguous(),
-            site_options(options),
-            phi.shape[1],
-            x.dtype,
-            read,
-        )
-        dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x, g, gu, mix, dz, phi.contiguous())
-        dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
+            dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x, g, gu, mix, dz, phi)
+            dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
     if previous is None:
         dprevious = proj.new_empty((0,))
     else:
