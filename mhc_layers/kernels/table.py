@@ -166,7 +166,7 @@ LEAVES: dict[str, Table[LeafFacts]] = {
     "recompute_block": _table("recompute_block", "recompute"),
 }
 """The leaves by name. ``streams_backward_partial`` is ``streams_backward`` with an absent gradient; ``boundary_*`` and
-``streams_backward_chained`` do the work of two leaves in one pass and ``site_*`` launch several leaves: no plain row."""
+``streams_backward_chained`` do two leaves' work in one pass and ``site_*`` launch several leaves, no plain row."""
 
 
 @overload
