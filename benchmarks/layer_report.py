@@ -164,24 +164,29 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = report["shapes"]
-    figure, axes = pyplot.subplots(
-        1, len(shapes), figsize=(5.2 * len(shapes), 3.4), squeeze=False, layout="constrained"
-    )
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        bars: list[tuple[str, float]] = []
+    shapes, columns = report["shapes"], min(3, len(report["shapes"]))
+    lines = -(-len(shapes) // columns)
+    size = (5.2 * columns, 3.4 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(shapes) :]:
+        axis.axis("off")
+    for axis, shape in zip(axes.flat, shapes, strict=False):
+        bars: list[tuple[str, float, str]] = []
         for row in shape["rows"]:
             if "skipped" in row:
                 continue
-            bars.append((row["name"], best_us(row["both"]) / shape["floor_us"]["both"]))
+            color = "#c44e52" if row["name"].startswith("ours, fused") else "#4c72b0"
+            bars.append((row["name"], best_us(row["both"]) / shape["floor_us"]["both"], color))
             fused = best_us(row.get("chain", {}).get("fused", {}).get("both"))
             if fused is not None:
-                bars.append((f"{row['name']}, boundaries", fused / shape["floor_us"]["both"]))
+                bars.append((f"{row['name']}, chain", fused / shape["floor_us"]["both"], color))
         bars.sort(key=lambda bar: bar[1], reverse=True)
-        drawn = axis.barh([name for name, _ in bars], [value for _, value in bars], color="#4c72b0")
+        names, values, colors = zip(*bars, strict=True) if bars else ((), (), ())
+        drawn = axis.barh(names, values, color=colors)
         axis.bar_label(drawn, fmt="%.2f", padding=3)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xscale("log")
+        axis.margins(x=0.15)
         axis.set_title(f"M = {shape['tokens']}, C = {shape['dim']}")
         axis.set_xlabel("forward + backward, times the floor")
         axis.spines[["top", "right"]].set_visible(False)
