@@ -132,7 +132,7 @@ def boundary_backward(
         g = None if g is None else g.contiguous()
         gu = None if gu is None else gu.contiguous()
         dcoef = torch.zeros_like(next_proj) if dcoef is None else dcoef.contiguous()
-        dots, dnorm = None, proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
+        dots, dnorm = None, None
         if gu is not None and (norm is None or inverse is None):
             dots = leaf("read_backward", x)(gu, x_next)
         elif gu is not None and norm is not None and inverse is not None:
@@ -174,6 +174,8 @@ def boundary_backward(
         if coef is not None and dots is not None:
             before_dcoef[..., :n] = dots.view(*before_dcoef.shape[:-1], n)
         dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
+    if dnorm is None:
+        dnorm = proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
     return dx, df, before_dcoef, dphi, dparams, dnorm
 
 
