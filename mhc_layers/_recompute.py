@@ -17,6 +17,7 @@ from mhc_layers._fused_state import FusedState, fused_norm
 from mhc_layers._operators import register
 from mhc_layers._torch_ops import FusedSite, first_stream, token_rows
 from mhc_layers.functional import without_autocast
+from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.table import leaf
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def _fake_recompute_block(
 
 
 RECOMPUTE_BLOCK = register(recompute_block, _fake_recompute_block)
+register_formulas("recompute_block")
 
 
 def kept_bytes(num_tokens: int, num_sites: int, num_streams: int, dim: int, item_size: int = 2) -> int:

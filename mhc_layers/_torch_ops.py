@@ -252,7 +252,9 @@ PRE_FORWARD = register(pre_forward, _fake_pre_forward)
 POST_FORWARD = register(post_forward, _fake_post_forward)
 POST_BACKWARD = register(post_backward, _fake_post_backward)
 PRE_BACKWARD = register(pre_backward, _fake_pre_backward)
-register_formulas()
+register_formulas(
+    "pre_forward", "post_forward", "post_backward", "pre_backward", "boundary_forward", "boundary_backward"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

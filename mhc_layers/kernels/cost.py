@@ -5,6 +5,7 @@ Tokens M, streams n, channels C, K = nC, N = n(n + 2). Coefficients are float32;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,18 +53,26 @@ def _boundary_backward_flops(*shapes: Any, **_: Any) -> int:
     return _post_backward_flops(x) + _pre_backward_flops(x, phi)
 
 
-def register_formulas() -> None:
-    """Tell :class:`torch.utils.flop_counter.FlopCounterMode` about the operators."""
-    ops = torch.ops.mhc_layers
-    for op, formula in (
-        (ops.pre_forward, _pre_forward_flops),
-        (ops.post_forward, _post_forward_flops),
-        (ops.post_backward, _post_backward_flops),
-        (ops.pre_backward, _pre_backward_flops),
-        (ops.boundary_forward, _boundary_forward_flops),
-        (ops.boundary_backward, _boundary_backward_flops),
-    ):
-        register_flop_formula(op)(formula)
+def _recompute_block_flops(x: tuple[int, ...], fs: Any, coefs: Any, reads: Any, *_: Any, **__: Any) -> int:
+    tokens, n, c = _sizes(x)
+    return len(reads) * 2 * tokens * n * c + len(fs) * _post_forward_flops(x)
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "pre_forward": _pre_forward_flops,
+    "post_forward": _post_forward_flops,
+    "post_backward": _post_backward_flops,
+    "pre_backward": _pre_backward_flops,
+    "boundary_forward": _boundary_forward_flops,
+    "boundary_backward": _boundary_backward_flops,
+    "recompute_block": _recompute_block_flops,
+}
+
+
+def register_formulas(*names: str) -> None:
+    """Tell :class:`torch.utils.flop_counter.FlopCounterMode` about operators, by their names."""
+    for name in names:
+        register_flop_formula(getattr(torch.ops.mhc_layers, name))(_FORMULAS[name])
 
 
 def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_size: int = 2) -> int:

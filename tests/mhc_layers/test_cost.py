@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhc_layers import PAPER, HyperConnection, _boundary_ops, _torch_ops
-from mhc_layers._torch_ops import fused_site
+from mhc_layers._recompute import RECOMPUTE_BLOCK
+from mhc_layers._torch_ops import fused_site, split_coefficients
 from mhc_layers.kernels.cost import bytes_moved
 from mhc_layers.kernels.table import leaf
 
@@ -50,6 +51,23 @@ def test_flops_are_those_of_the_products(n: int, c: int, m: int, fused: bool) ->
     names = {str(op) for op in counter.get_flop_counts()["Global"]}
     assert ("mhc_layers.boundary_backward" in names) == fused
     assert counter.get_total_flops() == 2 * products
+
+
+@pytest.mark.parametrize("sites", [1, 3])
+def test_flops_of_a_rebuilt_block_are_its_reads_and_writes(sites: int) -> None:
+    n, c, m = 4, 10, 6
+    x, fs = torch.randn(m, n, c), [torch.randn(m, c) for _ in range(sites - 1)]
+    coefs = [torch.randn(m, n * (n + 2)) for _ in range(sites)]
+    with FlopCounterMode(display=False) as counter:
+        RECOMPUTE_BLOCK(x, fs, coefs[:-1], coefs)
+    ours = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        for index, coef in enumerate(coefs):
+            h_pre, h_post, h_res = split_coefficients(coef, n)
+            h_pre.unsqueeze(1) @ x
+            if index < sites - 1:
+                x = h_res @ x + h_post.unsqueeze(2) @ fs[index].unsqueeze(1)
+    assert ours == counter.get_total_flops()
 
 
 def stream_values(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
