@@ -1,21 +1,50 @@
 """One large matrix on a GPU: 100 Sinkhorn iterations, ours and what else there is, correctness before time.
 
-``python -m benchmarks.large_matrix --size 4096``. The floor reads the matrix once an iteration from device memory; ours
-keeps part of it on chip, so it can be below.
+Contestants of ``python -m benchmarks projection --device cuda``. Each starts from a row-normalised kernel and does the
+iterations alone; what it returns gives the column sums after the last one. The floor reads the matrix once an iteration
+from device memory; ours keeps part of it on chip, so it can be below.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.device import copy_rate, machine, time_calls
+__all__ = ["CONTESTANTS", "Contestant"]
 
-__all__ = ["main", "measure"]
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to do ``case.num_iters`` iterations: ``make(kernel, sums, count)`` returns the call."""
+
+    name: str
+    package: str
+    make: Callable[[torch.Tensor, torch.Tensor, int], Callable[[], Any]]
+    ours: bool = False
+    compiles: bool = False
+    #: whether the call returns column sums of the kernel scaled from the left; else the doubly stochastic matrix / n
+    gives_sums: bool = True
+
+    def prepare(self, case: Any, logits: torch.Tensor, upstream: Any) -> Callable[[], Any]:
+        """The call on one matrix of logits."""
+        kernel = torch.softmax(logits[0], 1)
+        return self.make(kernel, kernel.sum(0), case.num_iters)
+
+    def check(self, case: Any, answer: Any, logits: torch.Tensor, upstream: Any) -> tuple[str | None, dict[str, float]]:
+        """Compare with the same iterations in float64."""
+        exact = torch.softmax(logits[0].double(), 1)
+        total = exact.sum(0)
+        for _ in range(case.num_iters):
+            left = 1 / (exact @ (1 / total))
+            right, total = 1 / total, left @ exact
+        if self.gives_sums:
+            error = float(((answer - total) / total).abs().max())
+        else:
+            error = float((answer * case.n - left[:, None] * exact * right).abs().max())
+        return (None if error < 1e-4 else f"off by {error:.1e}"), {"entries": error}
 
 
 def _passes(kernel: torch.Tensor, sums: torch.Tensor, count: int) -> Callable[[], Any]:
@@ -59,59 +88,9 @@ def _pot(kernel: torch.Tensor, sums: torch.Tensor, count: int) -> Callable[[], A
     return lambda: ot.sinkhorn(weights, weights, cost, 1.0, numItermax=count, stopThr=0.0, warn=False)
 
 
-#: name, what it needs, how it is made, whether its result is the column sums after the last iteration
-CONTESTANTS: tuple[tuple[str, str, Callable[..., Callable[[], Any]], bool], ...] = (
-    ("ours: passes in one launch", "torch", _passes, True),
-    ("two torch matrix-vector products", "torch", _matvec, True),
-    ("torch.compile, potentials on logarithms", "torch", _potentials, True),
-    ("POT sinkhorn (torch backend)", "ot", _pot, False),
+CONTESTANTS = (
+    Contestant("ours: passes in one launch", "cupy", _passes, ours=True),
+    Contestant("two torch matrix-vector products", "torch", _matvec),
+    Contestant("torch.compile, potentials on logarithms", "torch", _potentials, compiles=True),
+    Contestant("POT sinkhorn (torch backend)", "ot", _pot, gives_sums=False),
 )
-
-
-def measure(size: int, count: int) -> str:
-    """The table for one size."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    kernel = torch.softmax(torch.randn(size, size, device="cuda", generator=generator), 1)
-    sums = kernel.sum(0)
-    exact, total = kernel.double(), sums.double()
-    for _ in range(count):
-        total = (1 / (exact @ (1 / total))) @ exact
-    del exact
-    floor = 1e6 * count * kernel.nbytes / copy_rate()
-    lines = [
-        "| implementation | ms, graph or called | ms as called | x one read an iteration | error |",
-        "|---" * 5 + "|",
-    ]
-    for name, package, make, comparable in CONTESTANTS:
-        if importlib.util.find_spec(package) is None:
-            lines.append(f"| {name} | {package} is not installed |  |  |  |")
-            continue
-        try:
-            call = make(kernel, sums, count)
-            error = float(((call() - total) / total).abs().max()) if comparable else float("nan")
-            if comparable and not error < 1e-4:
-                lines.append(f"| {name} | wrong: {error:.1e} |  |  |  |")
-                continue
-            times = time_calls([call], budget_ms=200.0)
-        except Exception as reason:  # a peer that fails is a line of the report
-            lines.append(f"| {name} | failed: {type(reason).__name__} {str(reason)[:80]} |  |  |  |")
-            continue
-        lines.append(
-            f"| {name} | {times.best / 1e3:.2f} | {times.called / 1e3:.2f} | {times.best / floor:.2f} | {error:.1e} |"
-        )
-    return "\n".join(lines) + f"\n\nOne read an iteration: {floor / 1e3:.2f} ms.\n"
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--iterations", type=int, default=100)
-    arguments = parser.parse_args()
-    print(machine())
-    print(f"\n{arguments.size} x {arguments.size}, float32, {arguments.iterations} iterations\n")
-    print(measure(arguments.size, arguments.iterations))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,16 +3,22 @@
 ``python -m benchmarks projection`` runs the cases of the machine's device. Each contestant's result is first compared
 with the float64 oracle of the iteration that it computes; one that fails is reported and not timed. Times are medians
 with the fastest beside them; ratios are to the fastest of ours. On a GPU the byte floor is printed as well.
+
+The report is written after every row, ours first, so that a run that is cut short keeps what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import shlex
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +35,10 @@ from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 __all__ = ["CASES", "CONTESTANTS", "Case", "Contestant", "main", "run"]
 
 PACKAGES = ("birkhoff-mhc", "numpy", "array-api-compat", "torch", "triton", "cupy-cuda13x", "POT", "hyper-connections")
+PACKAGES += ("liger-kernel", "tile-kernels", "tilelang")
+
+ROW_LIMIT = 40.0
+"""Seconds after which a row is given up; a compiler can take minutes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,10 @@ class Case:
         """Bytes that must move if each array is touched once: in, out; for the gradient in, in, out once more."""
         return (5 if self.gradient else 2) * 4 * self.batch * self.n**2
 
+    def refuse(self, contestant: Contestant) -> str | None:
+        """Why this case is not for a contestant, or None."""
+        return None
+
     def inputs(self, share: float) -> Iterator[tuple[Any, Any]]:
         """Two sets of logits and upstream gradients, so that no call finds its own data in a small cache."""
         shape = (max(1, int(self.batch * share)), self.n, self.n)
@@ -66,7 +80,8 @@ class Contestant:
 
     ``computes`` names what the oracle compares with: "columns" or "rows" (the side normalised first), or "limit".
     ``serves`` returns a reason not to run a case. ``share`` is the part of the batch that is run; the time is scaled
-    up.
+    up. Rows of ``turn`` 0 are measured first, on every case. ``compiles`` says for which shapes something is compiled
+    beforehand: "any" batch, the "exact" one, or None. ``check`` replaces the module's.
     """
 
     name: str
@@ -77,6 +92,9 @@ class Contestant:
     share: float = 1.0
     ours: bool = False
     devices: tuple[str, ...] = ("cpu",)
+    turn: int = 0
+    compiles: str | None = None
+    check: Callable[..., tuple[str | None, dict[str, float]]] | None = None
 
 
 CASES = (
@@ -93,7 +111,19 @@ CASES = (
 """CPU cases. Cases of other devices are added by the modules named in ``EXTENSIONS``."""
 
 EXTENSIONS = ("benchmarks.projection_gpu",)
-"""Modules with further ``CASES`` and ``CONTESTANTS``, and ``time_device(calls) -> (median, fastest)`` for theirs."""
+"""Modules with further ``CASES`` and ``CONTESTANTS``, and for their device ``DEVICES``: what a :class:`Device` has."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What differs between devices: the timer, the description, the page, and what is done before any row."""
+
+    time: Callable[[list[Callable[[], Any]]], dict[str, Any]]
+    describe: Callable[[], dict[str, Any]]
+    markdown: Callable[[dict[str, Any]], str]
+    prepare: Callable[[Any], dict[str, Any]] = lambda rows: {}
+    after: Callable[[], None] = lambda: None
+    plot: Callable[[dict[str, Any], Path], None] | None = None
 
 
 def _numpy_ours(solver: Any) -> Callable[..., Callable[[], Any]]:
@@ -150,7 +180,7 @@ def plain_torch(x: Any, case: Case) -> Any:
 def _compiled(case: Case, logits: np.ndarray, upstream: np.ndarray) -> Callable[[], Any]:
     import torch
 
-    compiled = torch.compile(plain_torch, fullgraph=True)
+    compiled = torch.compile(plain_torch, fullgraph=True, dynamic=False)
     return torch_call(compiled)(case, logits, upstream)
 
 
@@ -194,90 +224,181 @@ CONTESTANTS = (
     Contestant(
         "birkhoff, NumPy, Newton to 1e-6", "numpy", "limit", _numpy_ours(lambda c: Newton()), _forward_only, ours=True
     ),
-    Contestant("a loop over matrices, NumPy", "numpy", "columns", _per_matrix_loop, _forward_only, share=2**-6),
-    Contestant("POT batched, NumPy", "ot", "rows", _pot_numpy, _forward_only),
-    Contestant("POT batched, torch", "ot", "rows", torch_call(_pot_torch), devices=EVERYWHERE),
     Contestant(
-        "hyper-connections (lucidrains)", "hyper_connections", "columns", torch_call(_lucidrains), devices=EVERYWHERE
+        "a loop over matrices, NumPy", "numpy", "columns", _per_matrix_loop, _forward_only, share=2**-6, turn=2
     ),
-    Contestant("plain torch", "torch", "columns", torch_call(plain_torch), devices=EVERYWHERE),
-    Contestant("torch.compile of the plain loop", "torch", "columns", _compiled, devices=EVERYWHERE),
+    Contestant("POT batched, NumPy", "ot", "rows", _pot_numpy, _forward_only, turn=2),
+    Contestant("POT batched, torch", "ot", "rows", torch_call(_pot_torch), devices=EVERYWHERE, turn=2),
+    Contestant(
+        "hyper-connections (lucidrains)", "hyper_connections", "columns", torch_call(_lucidrains), devices=EVERYWHERE,
+        turn=2,
+    ),
+    Contestant("plain torch", "torch", "columns", torch_call(plain_torch), devices=EVERYWHERE, turn=2),
+    Contestant(
+        "torch.compile of the plain loop", "torch", "columns", _compiled, devices=EVERYWHERE, turn=1, compiles="exact"
+    ),
 )  # fmt: skip
 
 
-def _wrong(contestant: Contestant, case: Case, answer: Any, logits: np.ndarray, upstream: np.ndarray) -> str | None:
-    """The reason why an answer is not the one the contestant says it computes; None if it is."""
+def _sample(array: Any) -> np.ndarray:
+    """Some matrices of both ends of the batch, in float64."""
+    each = min(1000, (1 << 17) // array.shape[-1] ** 2)
+    if len(array) > 2 * each:
+        xp = birkhoff._xp.array_namespace(array)
+        array = xp.concat((array[:each], array[-each:]))
+    return np.asarray(birkhoff._xp.to_numpy(array), dtype=np.float64)
+
+
+_ORACLE: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray | None]] = {}
+"""Matrix and gradient by case and order; the inputs of a case are always the same."""
+
+
+def _oracle(case: Case, first: Any, logits: Any, upstream: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    key = (case, first, len(logits))
+    if key not in _ORACLE:
+        x = _sample(logits)
+        gradient = reference.gradient(x, _sample(upstream), case.num_iters, first=first) if case.gradient else None
+        _ORACLE[key] = reference.sinkhorn(x, case.num_iters, first=first), gradient
+    return _ORACLE[key]
+
+
+def check(
+    contestant: Contestant, case: Case, answer: Any, logits: Any, upstream: Any
+) -> tuple[str | None, dict[str, float]]:
+    """The reason why an answer is not the one the contestant says it computes, None if it is; and the errors found.
+
+    Entries are held to the library's contract 4 n u max(1, range / 16), others' to four times that; gradients to 1e-4
+    of the largest.
+    """
+    if contestant.check is not None:
+        return contestant.check(case, answer, logits, upstream)
     matrix, gradient = answer if case.gradient else (answer, None)
-    sample = slice(0, 2000)
-    got = birkhoff._xp.to_numpy(matrix)[sample].astype(np.float64)
+    x, got = _sample(logits), _sample(matrix)
     if contestant.computes == "limit":
-        error = np.abs(got.sum(axis=-1) - 1).max() + np.abs(got.sum(axis=-2) - 1).max()
-        return None if error <= 2e-6 else f"marginals off by {error:.1e}"
-    x = birkhoff._xp.to_numpy(logits[sample]).astype(np.float64)
-    first: Any = contestant.computes
+        return _check_limit(matrix, x, got)
+    expected, slope = _oracle(case, contestant.computes, logits, upstream)
     spread = x.max(axis=(-2, -1)) - x.min(axis=(-2, -1))
-    bound = 16 * case.n * 2.0**-24 * np.maximum(1, spread / 16)  # four times our own contract
-    error = (np.abs(got - reference.sinkhorn(x, case.num_iters, first=first)).max(axis=(-2, -1)) / bound).max()
-    if not error <= 1:
-        return f"entries off by {error:.1e} times 16 n u max(1, range / 16)"
-    if gradient is not None:
-        expected = reference.gradient(x, birkhoff._xp.to_numpy(upstream[sample]), case.num_iters, first=first)
-        error = np.abs(birkhoff._xp.to_numpy(gradient)[sample] - expected).max()
-        if not error <= 1e-4 * max(1.0, np.abs(expected).max()):
-            return f"gradient off by {error:.1e}"
-    return None
+    contract = 4 * case.n * 2.0**-24 * np.maximum(1, spread / 16)
+    entries = (np.abs(got - expected).max(axis=(-2, -1)) / contract).max()
+    errors = {"entries": float(entries)}
+    if not entries <= (1 if contestant.ours else 4):
+        return f"entries off by {entries:.1e} times 4 n u max(1, range / 16)", errors
+    if slope is not None:
+        errors["gradient"] = float(np.abs(_sample(gradient) - slope).max() / max(1.0, np.abs(slope).max()))
+        if not errors["gradient"] <= 1e-4:
+            return f"gradient off by {errors['gradient']:.1e}", errors
+    return None, errors
 
 
-def measure(contestant: Contestant, case: Case, timer: Callable[..., tuple[float, float]]) -> dict[str, Any]:
+def _check_limit(matrix: Any, x: np.ndarray, got: np.ndarray) -> tuple[str | None, dict[str, float]]:
+    """Marginals of every matrix of the batch within 1e-6; a sample within 1e-5 of the limit in float64."""
+    xp = birkhoff._xp.array_namespace(matrix)
+    worst = 0.0
+    for begin in range(0, matrix.shape[0], 1 << 20):
+        part = birkhoff._xp.astype(xp, matrix[begin : begin + (1 << 20)], xp.float64)
+        worst = max(worst, *(float(xp.max(xp.abs(xp.sum(part, axis=axis) - 1.0))) for axis in (-1, -2)))
+    errors = {"marginals": worst}
+    if not worst <= 1e-6:
+        return f"marginals off by {worst:.1e}", errors
+    exact = birkhoff.project(x[:500], Newton(tol=1e-12)).matrix
+    errors["entries"] = float(np.abs(got[:500] - exact).max())
+    return (None if errors["entries"] <= 1e-5 else f"entries off by {errors['entries']:.1e}"), errors
+
+
+def refusal(contestant: Contestant, case: Case) -> str | None:
+    """Why a contestant does not run a case at all, or None."""
+    if case.device not in contestant.devices:
+        return f"runs on {', '.join(contestant.devices)}"
+    if importlib.util.find_spec(contestant.package) is None:
+        return f"{contestant.package} is not installed"
+    return case.refuse(contestant) or contestant.serves(case)
+
+
+def measure(contestant: Contestant, case: Case, timer: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """One row of the report: refused, wrong, failed, or timed."""
     row: dict[str, Any] = {"name": contestant.name, "ours": contestant.ours, "computes": contestant.computes}
-    if importlib.util.find_spec(contestant.package) is None:
-        return row | {"skipped": f"{contestant.package} is not installed"}
-    if case.device not in contestant.devices:
-        return row | {"skipped": f"runs on {', '.join(contestant.devices)}"}
-    reason = contestant.serves(case)
+    reason = refusal(contestant, case)
     if reason is not None:
         return row | {"skipped": reason}
-    sets = list(case.inputs(contestant.share))
     try:
-        calls = [contestant.prepare(case, *arrays) for arrays in sets]
-        wrong = _wrong(contestant, case, calls[0](), *sets[0])
-        if wrong is not None:
-            return row | {"wrong": wrong}
-        median, fastest = timer(calls)
+        with time_limit(ROW_LIMIT):
+            sets = list(case.inputs(contestant.share))
+            calls = [contestant.prepare(case, *arrays) for arrays in sets]
+            wrong, errors = check(contestant, case, calls[0](), *sets[0])
+            row["errors"] = errors
+            if wrong is not None:
+                return row | {"wrong": wrong}
+            times = timer(calls)
     except Exception as error:  # a peer that fails is a line of the report, not the end of it
-        return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"}
-    return row | {"median": median / contestant.share, "fastest": fastest / contestant.share}
+        return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
+    return row | {
+        name: value / contestant.share if isinstance(value, float) else value for name, value in times.items()
+    }
 
 
-def run(cases: tuple[Case, ...], contestants: tuple[Contestant, ...], timers: dict[str, Any]) -> dict[str, Any]:
-    """Measure every contestant on every case; print as it goes."""
-    results = []
-    for case in cases:
-        print(f"\n{case.title}", flush=True)
-        rows = [measure(contestant, case, timers[case.device]) for contestant in contestants]
-        results.append({"case": asdict(case) | {"title": case.title, "floor_bytes": case.floor_bytes}, "rows": rows})
-        print(_table(results[-1]), flush=True)
-    return {"machine": host_machine(PACKAGES), "results": results}
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds, where the system has alarms (in the main thread)."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"given up after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(
+    cases: tuple[Case, ...],
+    contestants: tuple[Contestant, ...],
+    device: Device,
+    save: Callable[[dict[str, Any]], None] = lambda report: None,
+    budget: float = float("inf"),
+) -> dict[str, Any]:
+    """Measure every contestant on every case, in turns; ``save`` gets the report after each row.
+
+    Once ``budget`` seconds are spent the remaining rows say so instead of running.
+    """
+    started = time.monotonic()
+    entries = [{"case": asdict(case) | {"title": case.title, "floor_bytes": case.floor_bytes}} for case in cases]
+    report: dict[str, Any] = {"machine": device.describe(), "results": [entry | {"rows": []} for entry in entries]}
+    pairs = [(index, contestant) for index in range(len(cases)) for contestant in contestants]
+    pairs.sort(key=lambda pair: pair[1].turn)
+    report |= device.prepare([(cases[index], contestant) for index, contestant in pairs])
+    for index, contestant in pairs:
+        if time.monotonic() - started > budget and refusal(contestant, cases[index]) is None:
+            row = {"name": contestant.name, "ours": contestant.ours, "computes": contestant.computes}
+            row["skipped"] = f"not run: the {budget:g} s of this run were spent"
+        else:
+            row = measure(contestant, cases[index], device.time)
+            device.after()
+        report["results"][index]["rows"].append(row)
+        if "skipped" not in row:
+            print(f"{time.monotonic() - started:5.0f} s  {cases[index].title}: {json.dumps(row)}", flush=True)
+        save(report)
+    return report
 
 
 def _table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     ours = [row["fastest"] for row in rows if row["ours"] and row["computes"] != "limit" and "fastest" in row]
     best = min(ours, default=None)
-    rate = result["case"].get("copy_rate")
-    floor = result["case"]["floor_bytes"] / rate if rate else None
-    head = "| implementation | x our fastest | median ms | fastest ms |" + (" x floor |" if floor else "")
-    lines = [head, "|---" * (5 if floor else 4) + "|"]
+    lines = ["| implementation | x our fastest | median ms | fastest ms |", "|---" * 4 + "|"]
     for row in rows:
         if "fastest" not in row:
             kind = next(key for key in ("skipped", "wrong", "failed") if key in row)
             if kind != "skipped":
-                lines.append(f"| {row['name']} | {kind}: {row[kind]} |  |  |" + ("  |" if floor else ""))
+                lines.append(f"| {row['name']} | {kind}: {row[kind]} |  |  |")
             continue
         ratio = f"{row['fastest'] / best:.2f}" if best else ""
-        line = f"| {row['name']} | {ratio} | {row['median'] * 1e3:.3g} | {row['fastest'] * 1e3:.3g} |"
-        lines.append(line + (f" {row['fastest'] / floor:.2f} |" if floor else ""))
+        lines.append(f"| {row['name']} | {ratio} | {row['median'] * 1e3:.3g} | {row['fastest'] * 1e3:.3g} |")
     return "\n".join(lines)
 
 
@@ -301,16 +422,24 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _extensions() -> tuple[tuple[Case, ...], tuple[Contestant, ...], dict[str, Any]]:
-    """Cases and contestants of other devices, from the modules that exist."""
-    cases, contestants, timers = list(CASES), list(CONTESTANTS), {"cpu": time_host}
+def _time_host(calls: list[Callable[[], Any]]) -> dict[str, Any]:
+    median, fastest = time_host(calls)
+    return {"median": median, "fastest": fastest}
+
+
+HOST = Device(_time_host, lambda: host_machine(PACKAGES), markdown)
+
+
+def _extensions() -> tuple[tuple[Case, ...], tuple[Contestant, ...], dict[str, Device]]:
+    """Cases, contestants and devices, with those of the modules that exist."""
+    cases, contestants, devices = list(CASES), list(CONTESTANTS), {"cpu": HOST}
     for name in EXTENSIONS:
         if importlib.util.find_spec(name) is not None:
             module = importlib.import_module(name)
             cases += module.CASES
             contestants += module.CONTESTANTS
-            timers |= module.TIMERS
-    return tuple(cases), tuple(contestants), timers
+            devices |= module.DEVICES
+    return tuple(cases), tuple(contestants), devices
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -320,32 +449,57 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", help="only titles that contain one of these")
     parser.add_argument("--names", nargs="+", help="only contestants whose name contains one of these")
     parser.add_argument("--threads", type=int, help="threads of torch (NumPy reads OMP_NUM_THREADS)")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--markdown", type=Path, help="write the page here")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
+    parser.add_argument("--json", type=Path, help="write the report here, after every row")
+    parser.add_argument("--markdown", type=Path, help="write the page here, after every row")
+    parser.add_argument("--plot", type=Path, help="draw a figure here at the end (GPU reports; needs matplotlib)")
+    parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
     arguments = parser.parse_args(argv)
-    cases, contestants, timers = _extensions()
+    cases, contestants, devices = _extensions()
+    device = devices[arguments.device]
+    if arguments.from_json is not None:
+        report = json.loads(arguments.from_json.read_text())
+        _write(arguments, device, report)
+        _draw(arguments, device, report)
+        print(device.markdown(report))
+        return 0
     cases = tuple(c for c in cases if c.device == arguments.device and _named(c.title, arguments.cases))
     contestants = tuple(c for c in contestants if _named(c.name, arguments.names))
-    threads: Any = "default"
-    if importlib.util.find_spec("torch") is not None:
-        import torch
-
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        threads = torch.get_num_threads()
+    about: dict[str, Any] = {
+        "threads": _threads(arguments.threads),
+        "command": shlex.join(["python", "-m", "benchmarks", "projection", *(sys.argv[2:] if argv is None else argv)]),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = run(cases, contestants, timers)
-    report |= {
-        "threads": threads,
-        "command": shlex.join(["python", "-m", "benchmarks", "projection", *(argv or sys.argv[2:])]),
-    }
+        report = run(
+            cases, contestants, device, lambda report: _write(arguments, device, report | about), arguments.budget
+        )
+    print(device.markdown(report | about))
+    _draw(arguments, device, report)
+    wrong = [row for result in report["results"] for row in result["rows"] if row["ours"] and "wrong" in row]
+    return 1 if wrong else 0
+
+
+def _write(arguments: argparse.Namespace, device: Device, report: dict[str, Any]) -> None:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(report))
-    wrong = [row for result in report["results"] for row in result["rows"] if row["ours"] and "wrong" in row]
-    return 1 if wrong else 0
+        arguments.markdown.write_text(device.markdown(report))
+
+
+def _draw(arguments: argparse.Namespace, device: Device, report: dict[str, Any]) -> None:
+    if arguments.plot is not None and device.plot is not None:
+        device.plot(report, arguments.plot)
+
+
+def _threads(wanted: int | None) -> Any:
+    if importlib.util.find_spec("torch") is None:
+        return "default"
+    import torch
+
+    if wanted:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
 
 
 def _named(text: str, wanted: list[str] | None) -> bool:
