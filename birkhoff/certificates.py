@@ -191,7 +191,7 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
     :math:`P \ge 0`. (Exception: a finite matrix with at most one nonzero in each row and column, whose norm is known.)
     For signed matrices ``certify(abs(P))`` is valid, since :math:`\lVert P\rVert_2 \le \lVert\,|P|\,\rVert_2`.
 
-    Claim: *enclosure*. Holds for every stored input and every summation order, subnormal numbers included.
+    Guarantee (claim ``certificate_holds``): holds for every stored input and every summation order, subnormal numbers included.
 
     Examples
     --------

@@ -151,3 +151,17 @@ def test_a_line_of_structural_zeros_stays_zero_without_eps() -> None:
     logits = np.array([[-np.inf, -np.inf], [0.0, 1.0]])
     matrix = birkhoff.project(logits, solvers.SinkhornDamped(eps_start=0.0, eps_den=0.0, num_iters=3)).matrix
     assert np.array_equal(matrix[0], [0.0, 0.0]) and np.isfinite(matrix).all()
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize("name", ["SinkhornKnopp", "SinkhornLog", "SinkhornDamped"])
+def test_equal_largest_logits_share_the_gradient_of_a_raised_one(name: str, first: str) -> None:
+    """A constant added to a first-normalised line changes nothing, ties or not: its gradient adds up to zero."""
+    solver = getattr(solvers, name)(range_cap=1.5, first=first, num_iters=3)
+    logits = np.array([[2.0, 0.0, 1.0], [2.0, -4.0, 1.0], [-3.0, 0.0, 1.0]])
+    grad = np.random.default_rng(4).standard_normal((3, 3))
+    if first == "rows":
+        logits = logits.T
+    pulled = birkhoff.adjoints.Unrolled().vjp(logits, grad, solver)
+    assert np.abs(pulled.sum(axis=0 if first == "columns" else 1)).max() < 1e-14
+    assert np.abs(pulled).max() > 1e-3
