@@ -1,9 +1,9 @@
 """Sharded data parallelism (FSDP2): every process keeps a part of each parameter and gathers it where it is used.
 
-Each sublayer is a group of its own, so that only one sublayer's weights are whole at a time. The connections' own
-parameters, the embedding, the head and the norms stay in the root group: the model calls a site's steps, not the site,
-and these parameters are small. The root group is gathered in fp32; sublayers are gathered in the dtype of the streams
-and their gradients are reduced in fp32.
+Each sublayer's layers are a group of their own, so that only one sublayer's weights are whole at a time. The
+connections' own parameters, the embedding, the head and the norms stay in the root group: the model calls a site's
+steps, not the site, a site's read ends with its sublayer's norm, and these parameters are small. The root group is
+gathered in fp32; sublayers are gathered in the dtype of the streams and their gradients are reduced in fp32.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def shard_model(
     """
     narrow = MixedPrecisionPolicy()
     if stream_dtype != torch.float32:
-        narrow = MixedPrecisionPolicy(param_dtype=stream_dtype, reduce_dtype=torch.float32)
+        # inputs have the dtype of the streams already, except rotary tables, which stay fp32
+        narrow = MixedPrecisionPolicy(param_dtype=stream_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for site in model.sites:
-        if isinstance(site.sublayer, nn.Module):
-            fully_shard(site.sublayer, mesh=mesh, mp_policy=narrow)
+        for layer in site.sublayer.children() if isinstance(site.sublayer, nn.Module) else ():
+            if layer is not site.input_norm:
+                fully_shard(layer, mesh=mesh, mp_policy=narrow)
     gates = [parameter for parameter in model.parameters() if parameter.ndim == 0]
     fully_shard(model, mesh=mesh, ignored_params=set(gates))
     register_fsdp_forward_method(model, "loss")
