@@ -188,13 +188,12 @@ def pre_backward(
     gu = None if gu is None else gu.contiguous()
     dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
     alphas, read = (alpha_pre, alpha_post, alpha_res), None if previous is None else token_rows(previous)
-    chain = leaf("site_backward", x, required=False) if norm is None else None
+    chain, dnorm = leaf("site_backward", x, required=False) if norm is None else None, None
     if chain is not None:
-        dnorm = proj.new_empty((0,))
         dx, dphi, dparams, dots = chain(x, g, gu, phi, alphas, bias, proj, rstd, dcoef, site_options(options), read)
     else:
         with without_autocast(x.device.type):
-            dots, dnorm = None, proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
+            dots = None
             if gu is not None and (norm is None or inverse is None):
                 dots = leaf("read_backward", x)(gu, x)
             elif gu is not None and norm is not None and inverse is not None:
@@ -219,6 +218,8 @@ def pre_backward(
         dprevious = proj.new_empty((0,))
     else:
         dprevious = torch.zeros_like(previous, memory_format=torch.contiguous_format) if dots is None else dots
+    if dnorm is None:
+        dnorm = proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
     return dx, dphi, dparams, dprevious, dnorm
 
 
