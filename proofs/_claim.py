@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Claim", "Observation", "Provenance", "Sample", "worst"]
+__all__ = ["Claim", "Observation", "Provenance", "Sample", "holds_where", "same_bits", "worst", "worst_of"]
 
 Provenance = Literal["exact", "enclosure", "sampled"]
 """How a verdict was reached: by exact arithmetic, by ball arithmetic, or by trying examples."""
@@ -132,6 +132,17 @@ def worst(seen: Any, allowed: Any, detail: str = "") -> Observation:
     at = int(np.argmax(ratio))
     per_item = max(1, seen.size // seen.shape[0]) if seen.ndim else 1
     return Observation(float(flat_seen[at]), float(flat_allowed[at]), at // per_item, detail)
+
+
+def holds_where(right: Any, detail: str, item: int = 0) -> Observation:
+    """Return the observation of a statement that is true or false: of one thing, or of every matrix of a stack."""
+    seen = np.where(right, 0.0, 2.0)
+    return worst(seen, 1.0, detail) if seen.ndim else Observation(float(seen), 1.0, item, detail)
+
+
+def same_bits(one: np.ndarray, two: np.ndarray, detail: str) -> Observation:
+    """Return the observation that two arrays hold the same numbers, NaN where the other has NaN."""
+    return holds_where((one == two) | (np.isnan(one) & np.isnan(two)), detail)
 
 
 def worst_of(observations: Iterable[Observation]) -> Observation:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 from hypothesis import strategies as st
 
 from proofs import strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs._claim import Claim, Observation, Sample, holds_where, same_bits, worst, worst_of
 from proofs.conditions import exact_side, kl, meets, no_eps, reports, unfinished
 from proofs.measure import accuracy_allowance, limit_allowance, marginal_allowance, sums
 from proofs.subjects import Subject
@@ -20,10 +23,22 @@ def _twice(subject: Subject, sample: Sample) -> np.ndarray:
     return factor * accuracy_allowance(sample.logits, sample.dtype)[:, None, None] + tolerance
 
 
+def _agree(
+    subject: Subject, sample: Sample, expected: np.ndarray, others: Iterable[tuple[str, np.ndarray]]
+) -> Observation:
+    """Results of the same matrices by other calls, against those of one call."""
+    allowed = _twice(subject, sample)
+    size = sample.logits.shape[-1]
+    seen = []
+    for detail, matrix in others:
+        flat = matrix.reshape(-1, size, size)
+        seen.append(worst(np.abs(flat - expected[: len(flat)]), allowed[: len(flat)], detail))
+    return worst_of(seen)
+
+
 def _one_by_one(subject: Subject, sample: Sample) -> Observation:
-    stacked = subject.matrix(sample)
     single = np.stack([subject.matrix(sample.item(k))[0] for k in range(len(sample.logits))])
-    return worst(np.abs(stacked - single), _twice(subject, sample), "f(stack) - stack(f)")
+    return _agree(subject, sample, subject.matrix(sample), [("f(stack) - stack(f)", single)])
 
 
 def _poisoned(subject: Subject, sample: Sample) -> Observation:
@@ -43,18 +58,16 @@ def _poisoned(subject: Subject, sample: Sample) -> Observation:
         difference = np.abs(dirty - clean)
         difference[at] = 0
         seen.append(worst(difference, _twice(subject, sample), f"neighbours of a matrix with {poison}"))
-        hidden = 0.0 if np.isnan(dirty[at]).any() else 2.0
-        seen.append(Observation(hidden, 1.0, at, f"a matrix with {poison} came back without NaN"))
+        shown = np.isnan(dirty[at]).any()
+        seen.append(holds_where(shown, f"a matrix with {poison} came back without NaN", at))
     return worst_of(seen) if seen else Observation(0.0, 1.0, 0, "raised")
 
 
 def _unchanged(subject: Subject, sample: Sample) -> Observation:
     given = subject.array(sample)
     subject.function(given)
-    after = subject.backend.asnumpy(given)
     before = np.asarray(sample.logits, dtype=np.float64)
-    changed = ~((after == before) | (np.isnan(after) & np.isnan(before)))
-    return worst(np.where(changed, 2.0, 0.0), 1.0, "the input was written to")
+    return same_bits(subject.backend.asnumpy(given), before, "the input was written to")
 
 
 def _kept(subject: Subject, sample: Sample) -> Observation:
@@ -67,47 +80,41 @@ def _kept(subject: Subject, sample: Sample) -> Observation:
         reasons.append(f"{sample.dtype} came back as {subject.backend.dtype_name(result)}")
     if tuple(result.shape) != tuple(sample.logits.shape):
         reasons.append(f"shape {tuple(sample.logits.shape)} came back as {tuple(result.shape)}")
-    return Observation(2.0 if reasons else 0.0, 1.0, 0, "; ".join(reasons) or "kind, dtype and shape")
+    return holds_where(not reasons, "; ".join(reasons) or "kind, dtype and shape")
 
 
 def _batch_shapes(subject: Subject, sample: Sample) -> Observation:
     size = sample.logits.shape[-1]
-    plain = subject.matrix(sample)
-    seen = []
-    for batch in ((2, 3), (1, 6), (3, 1, 2)):
-        folded = sample.with_logits(sample.logits[:6].reshape(*batch, size, size))
-        difference = np.abs(subject.matrix(folded).reshape(6, size, size) - plain[:6])
-        seen.append(worst(difference, _twice(subject, sample)[:6], f"batch shape {batch}"))
-    single = subject.matrix(sample.with_logits(sample.logits[0]))
-    seen.append(worst(np.abs(single - plain[0])[None], _twice(subject, sample)[:1], "no batch axis"))
+
+    def others() -> Iterator[tuple[str, np.ndarray]]:
+        for batch in ((2, 3), (1, 6), (3, 1, 2), ()):
+            count = int(np.prod(batch))
+            folded = sample.logits[:count].reshape(*batch, size, size)
+            yield f"batch shape {batch}", subject.matrix(sample.with_logits(folded))
+
+    seen = [_agree(subject, sample, subject.matrix(sample), others())]
     for none in ((0,), (2, 0)):
         shape = (*none, size, size)
         empty = subject.matrix(sample.with_logits(np.zeros(shape, dtype=sample.logits.dtype)))
-        seen.append(
-            Observation(0.0 if empty.shape == shape else 2.0, 1.0, 0, f"empty batch {shape} became {empty.shape}")
-        )
+        seen.append(holds_where(empty.shape == shape, f"empty batch {shape} became {empty.shape}"))
     return worst_of(seen)
 
 
 def _layouts(subject: Subject, sample: Sample) -> Observation:
-    expected = subject.matrix(sample)
-    seen = []
-    for name, array in subject.backend.layouts(sample.logits, sample.dtype).items():
-        result = subject.backend.asnumpy(subject.function(array))
-        seen.append(worst(np.abs(result - expected), _twice(subject, sample), f"layout {name}"))
-    return worst_of(seen)
+    arrays = subject.backend.layouts(sample.logits, sample.dtype)
+    others = ((f"layout {name}", subject.backend.asnumpy(subject.function(array))) for name, array in arrays.items())
+    return _agree(subject, sample, subject.matrix(sample), others)
 
 
 def _repeatable(subject: Subject, sample: Sample) -> Observation:
-    one, two = subject.matrix(sample), subject.matrix(sample)
-    return worst(np.where((one == two) | (np.isnan(one) & np.isnan(two)), 0.0, 2.0), 1.0, "two calls differ in bits")
+    return same_bits(subject.matrix(sample), subject.matrix(sample), "two calls differ in bits")
 
 
 def _zeros_kept(subject: Subject, sample: Sample) -> Observation:
     matrix = subject.matrix(sample)
     holes = np.isneginf(sample.logits)
-    wrong = np.where(holes, matrix != 0, ~np.isfinite(matrix))
-    seen = [worst(np.where(wrong, 2.0, 0.0), 1.0, "a structural zero is not 0, or an entry is not finite")]
+    right = np.where(holes, matrix == 0, np.isfinite(matrix))
+    seen = [holds_where(right, "a structural zero is not 0, or an entry is not finite")]
     if exact_side(subject) is None:
         allowed = 4 * marginal_allowance(sample.logits.shape[-1], sample.dtype)
         seen.append(worst(np.abs(sums(matrix, subject.last) - 1), allowed, f"{subject.last} sum with zeros"))
@@ -135,7 +142,7 @@ def _statuses(subject: Subject, sample: Sample) -> Observation:
         codes = subject.backend.asnumpy(subject.project(array).status).astype(int).tolist()
         right = codes[1:3] == [_NONFINITE] * 2 and codes[0] not in (_NONFINITE, _NO_SUPPORT)
         right = right and (subject.eps is not None or codes[3] == _NO_SUPPORT)
-        seen.append(Observation(0.0 if right else 2.0, 1.0, 0, f"status codes {codes}, layout {name}"))
+        seen.append(holds_where(right, f"status codes {codes}, layout {name}"))
     return worst_of(seen)
 
 
@@ -145,98 +152,77 @@ def _some(subject: Subject, *, batch: int, minimum: int = 1) -> st.SearchStrateg
     )
 
 
+_claim = functools.partial(Claim, family="batch", provenance="sampled", reference="conventions: arrays")
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="items_are_independent",
-        family="batch",
         statement="f(stack) = stack(f) within twice the accuracy contract.",
-        reference="conventions: arrays",
         domain="finite logits up to range 1e3, stacks of 7",
         method="the stack against its matrices one at a time",
-        provenance="sampled",
         samples=lambda subject: _some(subject, batch=7),
         check=_one_by_one,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="one_bad_matrix_poisons_only_itself",
-        family="batch",
         statement="A NaN or +inf leaves the other matrices of the stack as they were, and is not hidden in its own.",
-        reference="conventions: arrays",
         domain="finite logits up to range 1e3, one entry replaced",
         method="compared with the clean stack within twice the accuracy contract",
-        provenance="sampled",
         samples=lambda subject: _some(subject, batch=5),
         check=_poisoned,
     ),
-    Claim(
+    _claim(
         name="input_is_not_written",
-        family="batch",
         statement="The array of logits holds the same values after the call.",
-        reference="conventions: arrays",
         domain="finite logits up to range 1e3",
         method="compared bit for bit",
-        provenance="sampled",
         samples=lambda subject: _some(subject, batch=4),
         check=_unchanged,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="kind_dtype_shape_kept",
-        family="batch",
         statement="The result has the array kind, device, dtype and shape of the input; half precisions included.",
-        reference="conventions: arrays",
         domain="float64, float32, float16, bfloat16 where the backend has them",
         method="compared by name",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(batch=3, dtypes=(*subject.backend.dtypes, *subject.backend.halves)),
         check=_kept,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="any_batch_shape",
-        family="batch",
         statement="Batch shapes (), (2,3), (1,6), (3,1,2), (0,) and (2,0) work and give the same matrices.",
-        reference="conventions: arrays",
         domain="finite logits up to range 1e3",
         method="compared with the flat stack within twice the accuracy contract",
-        provenance="sampled",
         samples=lambda subject: _some(subject, batch=6),
         check=_batch_shapes,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="any_memory_layout",
-        family="batch",
         statement="Transposed, strided, reversed, offset and read-only inputs give the same matrices.",
-        reference="conventions: arrays",
         domain="finite logits up to range 1e3",
         method="compared with the contiguous copy within twice the accuracy contract",
-        provenance="sampled",
         samples=lambda subject: _some(subject, batch=4),
         check=_layouts,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="same_bits_twice",
-        family="batch",
         statement="Two calls on the same logits return the same bits.",
-        reference="conventions: arrays",
         domain="finite logits up to range 1e3",
         method="compared bit for bit",
-        provenance="sampled",
         samples=lambda subject: _some(subject, batch=8),
         check=_repeatable,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="minus_infinity_is_an_exact_zero",
-        family="batch",
         statement="Logits -inf give entries 0.0, the other entries are finite, and the side normalised last is exact.",
         reference="Sinkhorn and Knopp 1967",
         domain="patterns with total support (unions of permutations), range up to 1e2",
         method="compared bit for bit; sums within 4 (n+1) u",
-        provenance="sampled",
         samples=lambda subject: st.builds(
             _punch,
             strategies.samples(
@@ -247,15 +233,13 @@ CLAIMS: tuple[Claim, ...] = (
         applies=meets(kl, no_eps, _keeps_zeros),
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="status_per_matrix",
-        family="batch",
         statement="NaN and +inf get nonfinite_input, a pattern without total support gets no_total_support, their "
         "neighbour gets neither.",
         reference="birkhoff.Status",
         domain="stacks of four with one of each, n >= 2",
         method="status codes compared",
-        provenance="sampled",
         samples=lambda subject: _some(subject, batch=4, minimum=2),
         check=_statuses,
         applies=meets(reports, kl, unfinished),

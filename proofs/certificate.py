@@ -6,15 +6,20 @@ and elimination over the rationals decides that for stored floats.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 from hypothesis import strategies as st
 
 from proofs import model, rational, strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
-from proofs.measure import norms_at_most, norms_below
+from proofs._claim import Claim, Observation, Sample, holds_where, same_bits, worst, worst_of
+from proofs.measure import norm2, norms_at_most, norms_below
 from proofs.systems import Certifier
 
-__all__ = ["CLAIMS", "stored_matrices"]
+__all__ = ["CLAIMS", "encloses", "encloses_product", "near", "product_of", "stored_matrices"]
+
+Certificate = dict[str, Any]
 
 TIGHT = 1e-6
 """Relative distance of a bound from the norm that the tightness claims allow."""
@@ -36,19 +41,60 @@ def stored_matrices(sample: Sample, num_iters: int = 20) -> np.ndarray:
     return strategies.round_to(mixed, sample.dtype).astype(np.float64)
 
 
-def _enclosure(subject: Certifier, sample: Sample) -> Observation:
-    matrices = stored_matrices(sample)
-    certificate = subject.certify(matrices, sample.dtype)
+def encloses(matrices: np.ndarray, certificate: Certificate) -> Observation:
+    """Whether the bounds of a stack (B, n, n) hold for its stored values, decided without rounding."""
     lower, upper = certificate["norm2_lower"], certificate["norm2_upper"]
-    above = norms_at_most(matrices, upper)
-    below = ~norms_below(matrices, lower)
     return worst_of(
         (
-            worst(np.where(above, 0.0, 2.0), 1.0, "the norm exceeds the upper bound"),
-            worst(np.where(below, 0.0, 2.0), 1.0, "the norm is below the lower bound"),
-            worst(np.where(lower <= upper, 0.0, 2.0), 1.0, "the lower bound exceeds the upper one"),
+            holds_where(norms_at_most(matrices, upper), "the norm exceeds the upper bound"),
+            holds_where(~norms_below(matrices, lower), "the norm is below the lower bound"),
+            holds_where(lower <= upper, "the lower bound exceeds the upper one"),
         )
     )
+
+
+def product_of(layers: np.ndarray) -> rational.Matrix:
+    """Multiply a stack (L, n, n) in fractions, layer 0 acting first."""
+    entries = rational.exact(layers[0])
+    for layer in layers[1:]:
+        entries = rational.matmul(rational.exact(layer), entries)
+    return entries
+
+
+def encloses_product(entries: rational.Matrix, lower: float, upper: float) -> Observation:
+    """Whether two bounds hold for the norm of a matrix of fractions; an infinite one always does."""
+    return worst_of(
+        (
+            holds_where(rational.norm_at_most(entries, upper), "the norm exceeds the upper bound"),
+            holds_where(not rational.norm_below(entries, lower), "the norm is below the lower bound"),
+        )
+    )
+
+
+def near(certificate: Certificate, norm: np.ndarray, allowed: float) -> Observation:
+    """How far both bounds are from a norm that is known, relatively."""
+    return worst_of(
+        (
+            worst(certificate["norm2_upper"] / norm - 1, allowed, "upper bound above the norm, relative"),
+            worst(1 - certificate["norm2_lower"] / norm, allowed, "lower bound below the norm, relative"),
+        )
+    )
+
+
+def _true_sums(entries: rational.Matrix, certificate: Certificate, item: int | None = None) -> Observation:
+    """How far the reported sums of a matrix, or of matrix `item` of a stack, are from the sums in fractions."""
+    at = () if item is None else item
+    radius, seen = float(certificate["sums_radius"][at]), []
+    for side, name in (("rows", "row_sums"), ("columns", "column_sums")):
+        reported = [rational.Fraction(float(value)) for value in certificate[name][at]]
+        distance = max(abs(a - b) for a, b in zip(rational.exact_sums(entries, side), reported, strict=True))
+        seen.append(Observation(float(distance), radius, item or 0, f"true {side} sums from the reported ones"))
+    return worst_of(seen)
+
+
+def _enclosure(subject: Certifier, sample: Sample) -> Observation:
+    matrices = stored_matrices(sample)
+    return encloses(matrices, subject.certify(matrices, sample.dtype))
 
 
 _HEIGHTS = (8.0, 24.0, 64.0)
@@ -64,38 +110,23 @@ def _vertices(chunk: int, height: float) -> Sample:
 def _bulk(subject: Certifier, sample: Sample) -> Observation:
     matrices = model.limit(sample.logits, max_iters=20, tol=0.0)
     matrices = strategies.round_to(matrices, sample.dtype).astype(np.float64)
-    certificate = subject.certify(matrices, sample.dtype)
-    above = norms_at_most(matrices, certificate["norm2_upper"])
-    below = ~norms_below(matrices, certificate["norm2_lower"])
-    return worst(np.where(above & below, 0.0, 2.0), 1.0, "the norm is outside its bounds")
+    return encloses(matrices, subject.certify(matrices, sample.dtype))
+
+
+def _truncated(sample: Sample) -> np.ndarray:
+    """Return 20 exact iterations, stored in the sample's dtype."""
+    return strategies.round_to(model.iterate(sample.logits, 20).astype(np.float64), sample.dtype).astype(np.float64)
 
 
 def _tight(subject: Certifier, sample: Sample) -> Observation:
-    matrices = strategies.round_to(model.iterate(sample.logits, 20).astype(np.float64), sample.dtype).astype(np.float64)
-    certificate = subject.certify(matrices, sample.dtype)
-    lower, upper = certificate["norm2_lower"], certificate["norm2_upper"]
-    norm = np.linalg.norm(matrices, ord=2, axis=(-2, -1))
-    return worst_of(
-        (
-            worst(upper / norm - 1, TIGHT, "upper bound above the norm, relative"),
-            worst(1 - lower / norm, TIGHT, "lower bound below the norm, relative"),
-        )
-    )
+    matrices = _truncated(sample)
+    return near(subject.certify(matrices, sample.dtype), norm2(matrices), TIGHT)
 
 
 def _sums(subject: Certifier, sample: Sample) -> Observation:
     matrices = stored_matrices(sample)
     certificate = subject.certify(matrices, sample.dtype)
-    seen = []
-    for item, matrix in enumerate(matrices):
-        entries = rational.exact(matrix)
-        for side, name in (("rows", "row_sums"), ("columns", "column_sums")):
-            true = rational.exact_sums(entries, side)
-            reported = [rational.Fraction(float(value)) for value in certificate[name][item]]
-            distance = max(abs(a - b) for a, b in zip(true, reported, strict=True))
-            radius = float(certificate["sums_radius"][item])
-            seen.append(Observation(float(distance), radius, item, f"true {side} sums from the reported ones"))
-    return worst_of(seen)
+    return worst_of(_true_sums(rational.exact(matrix), certificate, item) for item, matrix in enumerate(matrices))
 
 
 def _refuses(subject: Certifier, sample: Sample) -> Observation:
@@ -111,8 +142,8 @@ def _refuses(subject: Certifier, sample: Sample) -> Observation:
         if np.isfinite(bad) and monomial:
             continue
         clean = subject.certify(matrices, sample.dtype)["norm2_upper"]
-        seen.append(Observation(0.0 if upper[0] == np.inf else 2.0, 1.0, 0, f"an entry {bad} got a finite bound"))
-        seen.append(worst(np.where(upper[1:] == clean[1:], 0.0, 2.0), 1.0, f"an entry {bad} changed other matrices"))
+        seen.append(holds_where(upper[0] == np.inf, f"an entry {bad} got a finite bound"))
+        seen.append(same_bits(upper[1:], clean[1:], f"an entry {bad} changed other matrices"))
     return worst_of(seen)
 
 
@@ -124,40 +155,23 @@ def _provenance(subject: Certifier, sample: Sample) -> Observation:
     right = certificate["provenance"] == expected
     identity = subject.certify(np.eye(matrices.shape[-1])[None], "float64")
     right_identity = identity["provenance"] == "exact" and float(identity["norm2_upper"][0]) == 1.0
-    return Observation(0.0 if right and right_identity else 2.0, 1.0, 0, f"provenance {certificate['provenance']}")
+    return holds_where(right and right_identity, f"provenance {certificate['provenance']}")
 
 
 def _product(subject: Certifier, sample: Sample) -> Observation:
     layers = stored_matrices(sample)
     certificate = subject.certify_product(layers, sample.dtype)
-    entries = rational.exact(layers[0])
-    for layer in layers[1:]:
-        entries = rational.matmul(rational.exact(layer), entries)
-    upper, lower = float(certificate["norm2_upper"]), float(certificate["norm2_lower"])
-    seen = [
-        Observation(0.0 if rational.norm_at_most(entries, upper) else 2.0, 1.0, 0, "the norm exceeds the upper bound"),
-        Observation(2.0 if rational.norm_below(entries, lower) else 0.0, 1.0, 0, "the norm is below the lower bound"),
-    ]
-    for side, name in (("rows", "row_sums"), ("columns", "column_sums")):
-        for true, reported in zip(rational.exact_sums(entries, side), certificate[name], strict=True):
-            gap = float(abs(true - rational.Fraction(float(reported))))
-            seen.append(Observation(gap, float(certificate["sums_radius"]), 0, f"true {side} sums of the composite"))
-    return worst_of(seen)
+    entries = product_of(layers)
+    bounds = float(certificate["norm2_lower"]), float(certificate["norm2_upper"])
+    return worst_of((encloses_product(entries, *bounds), _true_sums(entries, certificate)))
 
 
 def _product_tight(subject: Certifier, sample: Sample) -> Observation:
-    stored = strategies.round_to(model.iterate(sample.logits, 20).astype(np.float64), sample.dtype).astype(np.float64)
-    certificate = subject.certify_product(stored, sample.dtype)
+    stored = _truncated(sample)
     running = np.eye(stored.shape[-1], dtype=np.longdouble)
     for matrix in stored:
         running = matrix.astype(np.longdouble) @ running
-    norm = float(np.linalg.norm(running.astype(np.float64), 2))
-    return worst_of(
-        (
-            Observation(float(certificate["norm2_upper"]) / norm - 1, TIGHT, 0, "upper bound above the norm, relative"),
-            Observation(1 - float(certificate["norm2_lower"]) / norm, TIGHT, 0, "lower bound below the norm, relative"),
-        )
-    )
+    return near(subject.certify_product(stored, sample.dtype), norm2(running.astype(np.float64)), TIGHT)
 
 
 def _dtypes(subject: Certifier) -> tuple[str, ...]:
@@ -170,46 +184,42 @@ def _standard(
     return strategies.samples(batch=batch, sizes=sizes, dtypes=_dtypes(subject))
 
 
+_claim = functools.partial(
+    Claim,
+    family="certificate",
+    kind="certificate",
+    provenance="exact",
+    reference="derivations: spectral_norm_certificate",
+)
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="certificate_holds",
-        family="certificate",
         statement="norm2_lower <= norm_2(P) <= norm2_upper for the stored entries of any non-negative matrix.",
-        reference="derivations: spectral_norm_certificate",
         domain="truncated, crude, raw and sparse matrices from all generators, any dtype, n <= 8",
         method="exact: extended precision where its sign is sure, rational elimination elsewhere",
-        provenance="exact",
-        kind="certificate",
         lemma="collatz",
         lemmas=("schur", "certificate", "wcs", "float_sum_upper", "float_sum_lower"),
         samples=lambda subject: _standard(subject, batch=24),
         check=_enclosure,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="certificate_holds_on_every_vertex",
-        family="certificate",
         statement="norm2_lower <= norm_2(P) <= norm2_upper after 20 iterations on logits in {0, R}^(4x4).",
-        reference="derivations: spectral_norm_certificate",
         domain="all 65 536 corners for R = 8, 24, 64: every one in the nightly profile, some in the others",
         method="elimination in extended precision where the sign is sure, in fractions elsewhere",
-        provenance="exact",
-        kind="certificate",
         lemma="collatz",
         lemmas=("schur",),
         samples=lambda subject: st.builds(_vertices, st.sampled_from(range(16)), st.sampled_from(_HEIGHTS)),
         check=_bulk,
         effort=0.1,
     ),
-    Claim(
+    _claim(
         name="certificate_holds_in_bulk",
-        family="certificate",
         statement="norm2_lower <= norm_2(P) <= norm2_upper after 20 iterations on Gaussian logits.",
-        reference="derivations: spectral_norm_certificate",
         domain="n = 4, logit std 1, 3, 10, any dtype: 2^20 matrices in the nightly profile",
         method="elimination in extended precision where the sign is sure, in fractions elsewhere",
-        provenance="exact",
-        kind="certificate",
         lemma="collatz",
         lemmas=("schur",),
         samples=lambda subject: strategies.samples(
@@ -218,15 +228,12 @@ CLAIMS: tuple[Claim, ...] = (
         check=_bulk,
         effort=0.256,
     ),
-    Claim(
+    _claim(
         name="certificate_is_tight",
-        family="certificate",
         statement="Both bounds are within 1e-6 of the norm, relatively.",
-        reference="derivations: spectral_norm_certificate",
         domain="20 iterations on logits of std 1, any dtype, n <= 8",
         method="against LAPACK singular values",
         provenance="sampled",
-        kind="certificate",
         lemma="collatz",
         samples=lambda subject: strategies.samples(
             generators=("gaussian",), scales=(1.0,), sizes=(1, 2, 3, 4, 5, 8), batch=64, dtypes=_dtypes(subject)
@@ -234,15 +241,11 @@ CLAIMS: tuple[Claim, ...] = (
         check=_tight,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="certified_sums_hold",
-        family="certificate",
         statement="The true row and column sums are within sums_radius of the reported ones.",
-        reference="derivations: spectral_norm_certificate",
         domain="as for certificate_holds",
         method="exact sums of fractions",
-        provenance="exact",
-        kind="certificate",
         lemma="float_sum_upper",
         lemmas=("float_sum_lower", "pow_linear"),
         samples=lambda subject: _standard(subject, batch=6),
@@ -250,57 +253,44 @@ CLAIMS: tuple[Claim, ...] = (
         effort=0.5,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="certificate_refuses_what_it_cannot_bound",
-        family="certificate",
         statement="A negative or non-finite entry gives norm2_upper = +inf for its matrix (a negative one not where "
         "every line has one nonzero entry, whose norm is known), and changes no other.",
-        reference="derivations: spectral_norm_certificate",
         domain="one entry replaced by -1e-3, NaN, +inf, -inf; 2 <= n <= 8",
         method="compared bit for bit",
         provenance="sampled",
-        kind="certificate",
         samples=lambda subject: _standard(subject, batch=4, sizes=(2, 3, 4, 5, 8)),
         check=_refuses,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="provenance_is_never_upgraded",
-        family="certificate",
         statement="'exact' is said only when lower and upper bound are equal; it is said of the identity in float64.",
-        reference="derivations: spectral_norm_certificate",
         domain="as for certificate_holds",
         method="compared with the bounds",
         provenance="sampled",
-        kind="certificate",
         samples=lambda subject: _standard(subject, batch=4),
         check=_provenance,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="product_certificate_holds",
-        family="certificate",
         statement="certify_product bounds the norm and the sums of A_L ... A_1, factor 0 acting first.",
-        reference="derivations: spectral_norm_certificate",
         domain="stacks of 6 matrices as for certificate_holds, n <= 4",
         method="the product and the decision in fractions",
-        provenance="exact",
-        kind="certificate",
         lemma="chained_row_sums",
         lemmas=("chained_col_sums", "gain_mul", "gain_prod1", "sub_mul"),
         samples=lambda subject: _standard(subject, batch=6, sizes=(1, 2, 3, 4)),
         check=_product,
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="product_certificate_is_tight",
-        family="certificate",
         statement="For 64 layers both bounds are within 1e-6 of the norm of the product, relatively.",
-        reference="derivations: spectral_norm_certificate",
         domain="20 iterations on logits of std 1, 64 layers, n <= 8",
         method="against the product in extended precision",
         provenance="sampled",
-        kind="certificate",
         lemma="chained_row_sums",
         samples=lambda subject: strategies.samples(
             generators=("gaussian",), scales=(1.0,), sizes=(2, 3, 4, 8), batch=64, dtypes=_dtypes(subject)

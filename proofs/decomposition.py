@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from proofs import model, strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
 from proofs.measure import compute_roundoff, storage_error, sums
 from proofs.systems import Decomposer
 
@@ -26,7 +26,7 @@ def _check(subject: Decomposer, sample: Sample) -> Observation:
         (
             worst(-np.min(weights, axis=-1), 0.0, "a negative weight"),
             worst(np.abs(np.sum(weights, axis=-1) - 1), 2 * terms * roundoff, "|sum of weights - 1|"),
-            worst(np.where(valid, 0.0, 2.0), 1.0, "not a permutation"),
+            holds_where(valid, "not a permutation"),
             worst(np.sum(weights > 0, axis=-1), terms, "number of terms"),
             worst(np.max(np.abs(rebuilt - matrices), axis=(-2, -1)), allowed, "|rebuilt - matrix|"),
         )

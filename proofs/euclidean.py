@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 
 from proofs import strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
 from proofs.conditions import is_euclidean
 from proofs.measure import compute_roundoff, norm2, sums
 from proofs.subjects import Subject
@@ -27,12 +28,11 @@ def _scale(sample: Sample) -> np.ndarray:
 def _feasible(subject: Subject, sample: Sample) -> Observation:
     matrix = subject.matrix(sample)
     error = np.maximum(np.abs(sums(matrix, "rows") - 1), np.abs(sums(matrix, "columns") - 1)).max(-1)
-    negative = np.where(matrix.min(axis=(-2, -1)) < 0, 2.0, 0.0)
     norm = norm2(matrix) - 1
     return worst_of(
         (
             worst(error, _scale(sample), "|sum - 1|"),
-            worst(negative, 1.0, "a negative entry"),
+            holds_where(matrix >= 0, "a negative entry"),
             worst(norm, _scale(sample), "norm - 1"),
         )
     )
@@ -70,15 +70,16 @@ def _idempotent(subject: Subject, sample: Sample) -> Observation:
 _DOMAIN = ("gaussian", "vertex", "triangular", "concentrated", "near_permutation", "constant", "circulant", "small")
 _SCALES = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
+_claim = functools.partial(
+    Claim, family="euclidean", provenance="sampled", reference="derivations: euclidean_projection"
+)
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="euclidean_is_doubly_stochastic",
-        family="euclidean",
         statement="Entries >= 0, both sums within 2e-6 of 1, norm_2 <= 1 + 2e-6 (plus rounding of the input's size).",
-        reference="derivations: euclidean_projection",
         domain="logits up to range 1e2, n <= 8",
         method="compensated sums, singular values",
-        provenance="sampled",
         lemma="dstoch_nonexpansive",
         samples=lambda subject: strategies.samples(
             generators=_DOMAIN, scales=_SCALES, sizes=(1, 2, 3, 4, 8), dtypes=subject.backend.dtypes
@@ -87,15 +88,12 @@ CLAIMS: tuple[Claim, ...] = (
         applies=is_euclidean,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="euclidean_is_nearest",
-        family="euclidean",
         statement="<G - P, V - P> <= 0 for every permutation matrix V, up to tolerance: no doubly stochastic matrix is "
         "nearer to G than P.",
-        reference="derivations: euclidean_projection",
         domain="logits up to range 1e2, n <= 4",
         method="all n! permutations",
-        provenance="sampled",
         lemma="dstoch_convex",
         lemmas=("dstoch_perm",),
         samples=lambda subject: strategies.samples(
@@ -105,14 +103,12 @@ CLAIMS: tuple[Claim, ...] = (
         applies=is_euclidean,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="euclidean_is_nonexpansive",
-        family="euclidean",
         statement="|f(X) - f(Y)|_F <= |X - Y|_F, up to tolerance.",
         reference="projections on convex sets are 1-Lipschitz",
         domain="logits up to range 1e2, Gaussian differences",
         method="Frobenius norms",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
         ),
@@ -120,14 +116,11 @@ CLAIMS: tuple[Claim, ...] = (
         applies=is_euclidean,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="euclidean_is_idempotent",
-        family="euclidean",
         statement="f(f(X)) = f(X), up to tolerance.",
-        reference="derivations: euclidean_projection",
         domain="logits up to range 1e2, n <= 8",
         method="largest entry of the difference",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
         ),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from proofs import strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
 from proofs.conditions import differentiates_twice, kl, known_iteration, meets, no_eps, offers_gradient, unfinished
 from proofs.measure import accuracy_allowance
 from proofs.subjects import Subject
@@ -53,7 +55,7 @@ def _contracting(subject: Subject, sample: Sample) -> Observation:
 
 def _finite(subject: Subject, sample: Sample) -> Observation:
     pulled = subject.gradient(sample, _upstream(sample))
-    return worst(np.where(np.isfinite(pulled), 0.0, 2.0), 1.0, "an entry of the gradient is not finite")
+    return holds_where(np.isfinite(pulled), "an entry of the gradient is not finite")
 
 
 def _zero(subject: Subject, sample: Sample) -> Observation:
@@ -108,16 +110,15 @@ def _double(subject: Subject, sample: Sample) -> Observation:
     return worst_of(seen)
 
 
+_claim = functools.partial(Claim, family="gradients", provenance="sampled", reference="derivations: exact_adjoint")
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="adjoint_identity",
-        family="gradients",
         statement="<G, J V> = <J^T G, V> within 16 accuracy allowances times |G| |V|, J the derivative of the "
         "truncated iteration itself.",
-        reference="derivations: exact_adjoint",
         domain="logits up to range 1e2, n <= 8",
         method="J V by forward differentiation of the model in extended precision; three directions",
-        provenance="sampled",
         lemma="normalised_adjoint",
         lemmas=("normalised_difference",),
         samples=lambda subject: strategies.samples(
@@ -127,14 +128,11 @@ CLAIMS: tuple[Claim, ...] = (
         applies=meets(offers_gradient, known_iteration),
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="gradient_sums_vanish",
-        family="gradients",
         statement="The gradient sums to 0 over every line of the side normalised first: constants there do not matter.",
-        reference="derivations: exact_adjoint",
         domain="finite logits up to range 1e2",
         method="sums against 16 accuracy allowances times |G|",
-        provenance="sampled",
         lemma="normalised_adjoint_orthogonal",
         samples=lambda subject: strategies.samples(
             scales=(0.1, 0.3, 1.0, 3.0, 8.0, 16.0, 30.0, 100.0), batch=8, dtypes=subject.backend.dtypes
@@ -143,27 +141,22 @@ CLAIMS: tuple[Claim, ...] = (
         applies=meets(offers_gradient, kl, no_eps, unfinished),
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="gradient_halves_the_norm",
-        family="gradients",
         statement="|J^T G|_F <= 1/2 |G|_F at the limit: 0 <= J <= I/2.",
         reference="the limit is the gradient of a convex function, 0 <= J <= I/2",
         domain="logits in [-1/4, 1/4], at least 5 iterations",
         method="Frobenius norms; 1e-5 and rounding allowed",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(generators=strategies.EASY, batch=8, dtypes=subject.backend.dtypes),
         check=_contracting,
         applies=meets(offers_gradient, kl, no_eps, unfinished),
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="gradient_is_finite",
-        family="gradients",
         statement="Every entry of the gradient is finite.",
-        reference="derivations: exact_adjoint",
         domain="finite logits up to range 1e4",
         method="looked at every entry",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             scales=(*strategies.SCALES, 3e3), batch=8, dtypes=subject.backend.dtypes
         ),
@@ -171,28 +164,22 @@ CLAIMS: tuple[Claim, ...] = (
         applies=offers_gradient,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="zero_upstream_gives_zero",
-        family="gradients",
         statement="A zero upstream gradient gives exactly zero.",
-        reference="derivations: exact_adjoint",
         domain="finite logits up to range 1e3",
         method="compared bit for bit",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(batch=4, dtypes=subject.backend.dtypes),
         check=_zero,
         applies=offers_gradient,
         effort=0.5,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="bad_matrix_spares_other_gradients",
-        family="gradients",
         statement="A NaN in one matrix leaves the gradients of the others as they were.",
-        reference="derivations: exact_adjoint",
         domain="finite logits up to range 1e2, one entry replaced",
         method="compared with the clean stack",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             scales=(0.1, 1.0, 3.0, 10.0, 30.0), batch=4, dtypes=subject.backend.dtypes
         ),
@@ -200,15 +187,13 @@ CLAIMS: tuple[Claim, ...] = (
         applies=meets(unfinished, offers_gradient),
         effort=0.5,
     ),
-    Claim(
+    _claim(
         name="double_backward_works",
-        family="gradients",
         statement="Second derivatives are symmetric and match differences of the gradient (a function of yours may "
         "instead raise).",
         reference="birkhoff.sinkhorn on torch",
         domain="float64 logits of std <= 2, n <= 4",
         method="two Hessian-vector products and a central difference of step 2^-14",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             generators=("gaussian", "small", "circulant"),
             scales=(0.3, 1.0, 2.0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from proofs import model, strategies
@@ -170,15 +172,14 @@ def _easy_limit(subject: Subject, sample: Sample) -> Observation:
     return worst(np.abs(subject.matrix(sample) - known), allowed[:, None, None], "distance from the KL projection")
 
 
+_claim = functools.partial(Claim, family="identity", provenance="sampled", reference="derivations: sinkhorn_knopp")
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="one_by_one_is_one",
-        family="identity",
         statement="n = 1 gives exactly 1.0 (with eps: within 4 eps).",
-        reference="derivations: sinkhorn_knopp",
         domain="any finite logit up to 1e4",
         method="compared bit for bit",
-        provenance="sampled",
         lemma="rowst_n1",
         samples=lambda subject: strategies.samples(
             sizes=(1,), scales=(*strategies.SCALES, 1e4), dtypes=(*subject.backend.dtypes, *subject.backend.halves)
@@ -186,14 +187,11 @@ CLAIMS: tuple[Claim, ...] = (
         check=_single,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="rank_one_gives_uniform",
-        family="identity",
         statement="Constant logits give 1/n in every entry, and so do logits a_i + b_j without eps.",
-        reference="derivations: sinkhorn_knopp",
         domain="constants up to 1e3; rank one up to range 1e2",
         method="compared with 1/n within the accuracy contract",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             generators=("constant",) if subject.eps is not None else ("constant", "rank_one"),
             scales=(0.1, 1.0, 4.0, 10.0, 24.0),
@@ -203,14 +201,11 @@ CLAIMS: tuple[Claim, ...] = (
         applies=kl,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="large_diagonal_gives_identity",
-        family="identity",
         statement="Logits c I give e^c/(e^c + n - 1) on the diagonal; c -> infinity gives I.",
-        reference="derivations: sinkhorn_knopp",
         domain="c in {2, 8, 20, 60, 200, 1000}, n <= 8",
         method="compared with the closed form within the accuracy contract",
-        provenance="sampled",
         lemma="dstoch1",
         samples=lambda subject: strategies.samples(generators=("constant",), batch=1, sizes=(1, 2, 3, 4, 8)),
         check=_identity,
@@ -218,42 +213,33 @@ CLAIMS: tuple[Claim, ...] = (
         effort=0.5,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="equal_streams_or_mean_kept",
-        family="identity",
         statement="Rows last: equal streams stay equal. Columns last: the mean over streams is conserved. Both within "
         "(n+1) u of the values.",
-        reference="derivations: sinkhorn_knopp",
         domain="finite logits up to range 1e3",
         method="matrix-vector products in float64",
-        provenance="sampled",
         lemma="rowst_const",
         lemmas=("colst_mean",),
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_constants_kept,
         applies=exact_side,
     ),
-    Claim(
+    _claim(
         name="permutation_equivariance",
-        family="identity",
         statement="f(P X Q) = P f(X) Q within twice the accuracy contract (a limit: and 4 n times its tolerance 1e-6).",
-        reference="derivations: sinkhorn_knopp",
         domain="finite logits up to range 1e3",
         method="random row and column permutations",
-        provenance="sampled",
         lemma="sk_permute",
         lemmas=("rownorm_permute", "colnorm_permute"),
         samples=lambda subject: strategies.samples(),
         check=_permuted,
     ),
-    Claim(
+    _claim(
         name="transpose_duality",
-        family="identity",
         statement="Exchanging rows and columns of the input and of the order transposes the result.",
-        reference="derivations: sinkhorn_knopp",
         domain="finite logits up to range 1e3",
         method="the same method with the other order on the transposed input",
-        provenance="sampled",
         lemma="sk_transpose",
         lemmas=("rownorm_tr", "colnorm_tr"),
         samples=lambda subject: strategies.samples(),
@@ -261,57 +247,46 @@ CLAIMS: tuple[Claim, ...] = (
         applies=rebuilds,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="first_side_shift_invariance",
-        family="identity",
         statement="Adding a constant to each line of the side normalised first changes nothing, after any number of "
         "iterations.",
-        reference="derivations: sinkhorn_knopp",
         domain="logits on a grid of 1/64 up to 512, integer shifts up to 1000 (so that adding is exact)",
         method="difference against twice the accuracy contract",
-        provenance="sampled",
         lemma="colnorm_scale",
         lemmas=("rownorm_scale",),
         samples=lambda subject: strategies.samples(scales=(0.3, 1.0, 3.0, 8.0, 16.0)),
         check=_first_shift,
         applies=meets(kl, no_eps),
     ),
-    Claim(
+    _claim(
         name="both_sides_shift_invariance",
-        family="identity",
         statement="Adding constants to rows and columns changes nothing in the limit.",
-        reference="derivations: sinkhorn_knopp",
         domain="logits in [-1/4, 1/4], integer shifts up to 8, at least 5 iterations",
         method="difference against 2e-5 plus rounding",
-        provenance="sampled",
         lemma="rownorm_scale",
         lemmas=("colnorm_scale", "cross_rownorm", "cross_colnorm"),
         samples=lambda subject: strategies.samples(generators=strategies.EASY),
         check=_both_shifts,
         applies=meets(kl, no_eps),
     ),
-    Claim(
+    _claim(
         name="doubly_stochastic_is_fixed",
-        family="identity",
         statement="f(log P) = P for a doubly stochastic P, within the accuracy contract and the rounding of log P.",
         reference="Sinkhorn and Knopp 1967",
         domain="random mixtures of permutations with 20 % uniform",
         method="mixtures whose weights are exact sums of float64",
-        provenance="sampled",
         lemma="sk_fix",
         lemmas=("dstoch_convex", "dstoch_perm"),
         samples=lambda subject: strategies.samples(generators=("constant",), batch=1),
         check=_fixed_point,
         applies=kl,
     ),
-    Claim(
+    _claim(
         name="two_by_two_closed_form",
-        family="identity",
         statement="n = 2 has the limit [[a, 1-a], [1-a, a]], a = sigmoid((x11 + x22 - x12 - x21)/2).",
-        reference="derivations: sinkhorn_knopp",
         domain="logits in [-1/4, 1/4], at least 5 iterations",
         method="difference against 1e-5 plus rounding",
-        provenance="sampled",
         lemma="two_closed_form",
         lemmas=("dstoch2",),
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2,)),
@@ -319,14 +294,11 @@ CLAIMS: tuple[Claim, ...] = (
         applies=kl,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="circulant_in_one_step",
-        family="identity",
         statement="Circulant logits give the softmax of each row, after any number of iterations.",
-        reference="derivations: sinkhorn_knopp",
         domain="circulants up to logit std 100",
         method="compared with the softmax in extended precision within twice the accuracy contract",
-        provenance="sampled",
         lemma="circulant_dstoch",
         samples=lambda subject: strategies.samples(
             generators=("circulant",), scales=tuple(s for s in strategies.SCALES if s <= 100)
@@ -335,14 +307,12 @@ CLAIMS: tuple[Claim, ...] = (
         applies=meets(kl, no_eps),
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="diagonal_gap",
-        family="identity",
         statement="If every diagonal logit exceeds its row by g, the limit has mean(1 - A_ii) <= (n-1) e^(1-g).",
         reference="the limit maximises <A, X> + entropy(A)",
         domain="dominant diagonals with g > 0 whose open side is within 1e-6 of 1",
         method="twice the remaining error of the open side is added",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             generators=("diagonal",), scales=(1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0), sizes=(2, 3, 4, 8)
         ),
@@ -350,14 +320,12 @@ CLAIMS: tuple[Claim, ...] = (
         applies=kl,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="kl_projection_of_small_logits",
-        family="identity",
         statement="The result is within 1e-5 of the doubly stochastic matrix nearest to exp(logits) in KL divergence.",
         reference="Sinkhorn and Knopp 1967; derivations: sinkhorn_knopp",
         domain="logits in [-1/4, 1/4], at least 5 iterations",
         method="compared with 60 iterations in float64",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_easy_limit,
         applies=kl,

@@ -5,6 +5,7 @@ The equations are written once more here, in extended precision NumPy, from the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,17 @@ import numpy as np
 from proofs import model, strategies
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
 from proofs.measure import accuracy_allowance, logit_range, sums
-from proofs.systems import Arrays, Layer
+from proofs.systems import Arrays, Layer, Trained
 
-__all__ = ["CLAIMS", "equations"]
+__all__ = ["CLAIMS", "decoding_gap", "equations"]
 
 DIM = 5
 _U = 2.0**-53
 
+Maps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-def equations(
-    x: np.ndarray, parameters: Arrays, convention: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+
+def equations(x: np.ndarray, parameters: Arrays, convention: dict[str, Any]) -> Maps:
     """Equations 14 to 19 and their variants: streams (B, n, C) to pre (B, n), post (B, n), res (B, n, n)."""
     n = x.shape[-2]
     vec = x.reshape(len(x), -1).astype(np.longdouble)
@@ -83,16 +84,19 @@ def _allowance(x: np.ndarray, parameters: Arrays, convention: dict[str, Any]) ->
     return accuracy_allowance(logits, "float64") + 4 * terms * _U * (1 + size)
 
 
+def _maps_agree(given: Maps, known: Maps, allowed: np.ndarray, detail: str) -> Observation:
+    """The three maps of a site against those that are known; `allowed` has one value a token."""
+    return worst_of(
+        worst(np.abs(a - b).astype(np.float64).reshape(len(a), -1), allowed[:, None], f"{name} {detail}")
+        for name, a, b in zip(("h_pre", "h_post", "h_res"), given, known, strict=True)
+    )
+
+
 def _follows(subject: Layer, sample: Sample) -> Observation:
     x, parameters = _inputs(sample)
-    names = ("h_pre", "h_post", "h_res")
-    allowed = _allowance(x, parameters, subject.convention)
-    seen = []
     known = equations(x, parameters, subject.convention)
-    for name, given, expected in zip(names, subject.maps(x, parameters), known, strict=True):
-        gap = np.abs(given - expected.astype(np.float64)).reshape(len(x), -1)
-        seen.append(worst(gap, 2 * allowed[:, None], f"{name} from the equations"))
-    return worst_of(seen)
+    allowed = 2 * _allowance(x, parameters, subject.convention)
+    return _maps_agree(subject.maps(x, parameters), known, allowed, "from the equations")
 
 
 def _step_follows(subject: Layer, sample: Sample) -> Observation:
@@ -183,119 +187,92 @@ def _is_paper_transposed(subject: Layer, sample: Sample) -> Observation:
     turned["phi"] = np.concatenate([parameters["phi"][: 2 * n], parameters["phi"][2 * n :][order]])
     turned["bias"] = np.concatenate([parameters["bias"][: 2 * n], parameters["bias"][2 * n :][order]])
     paper = {**clean, "transposed": False, "start": "exp"}
-    other = equations(x, turned, paper)
     allowed = 2 * _allowance(x, parameters, clean)
-    return worst_of(
-        worst(np.abs(a - b).astype(np.float64).reshape(len(x), -1), allowed[:, None], name)
-        for name, a, b in zip(("h_pre", "h_post", "h_res"), known, other, strict=True)
-    )
+    return _maps_agree(known, equations(x, turned, paper), allowed, "of the paper on transposed logits")
 
 
 def _decodes(subject: Layer) -> str | None:
-    return None if subject.decode_gap is not None else "no model is built on it"
+    return None if subject.decode is not None else "no model is built on it"
 
 
-def _decode(subject: Layer, sample: Sample) -> Observation:
-    assert subject.decode_gap is not None
-    return Observation(subject.decode_gap(sample.seed % 1000), 1e-10, 0, "cached decoding against the full forward")
+def decoding_gap(subject: Layer | Trained, sample: Sample) -> Observation:
+    """Decoding token by token with caches against one full forward."""
+    assert subject.decode is not None
+    full, decoded = subject.decode(sample.seed)
+    return worst(np.abs(decoded - full), 1e-10, "cached decoding against the full forward")
 
 
 def _samples(scales: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)):
     return lambda subject: strategies.samples(batch=1, sizes=(1, 2, 3, 4), scales=scales, dtypes=("float64",))
 
 
+_claim = functools.partial(Claim, family="layer", kind="layer", provenance="sampled", samples=_samples())
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="maps_follow_the_equations",
-        family="layer",
         statement="h_pre, h_post and h_res are those of equations 14 to 19 with the convention's order, start and eps, "
         "within the accuracy contract of float64.",
         reference="arXiv 2512.24880, equations 14 to 19",
         domain="n <= 4, C = 5, residual logits up to std 30, streams of size 1e-2 to 1e2",
         method="against the equations in 80-bit floats",
-        provenance="sampled",
-        kind="layer",
-        samples=_samples(),
         check=_follows,
     ),
-    Claim(
+    _claim(
         name="step_follows_the_equation",
-        family="layer",
         statement="X' = H_res X + H_post F(H_pre X), the operator acting from the left, output stream first.",
         reference="arXiv 2512.24880, equation 3",
         domain="as for maps_follow_the_equations",
         method="against einsum over the equations' maps",
-        provenance="sampled",
-        kind="layer",
-        samples=_samples(),
         check=_step_follows,
     ),
-    Claim(
+    _claim(
         name="one_stream_is_a_gated_residual",
-        family="layer",
         statement="n = 1 gives h_res = 1.0 exactly (with eps: within 4 eps).",
         reference="arXiv 2512.24880",
         domain="C = 5, any logits",
         method="compared bit for bit",
-        provenance="sampled",
-        kind="layer",
         lemma="rowst_n1",
-        samples=_samples(),
         check=_single_stream,
     ),
-    Claim(
+    _claim(
         name="exact_side_of_the_operator",
-        family="layer",
         statement="The acting operator's last side sums to 1 within (n+1) u (with eps: as the exact recurrence), so "
         "equal streams stay equal.",
         reference="arXiv 2512.24880; conventions: orientation",
         domain="as for maps_follow_the_equations",
         method="compensated sums; matrix products",
-        provenance="sampled",
-        kind="layer",
         lemma="rowst_const",
         lemmas=("colst_mean", "rowst_range"),
-        samples=_samples(),
         check=_equal_streams,
     ),
-    Claim(
+    _claim(
         name="layer_gradient",
-        family="layer",
         statement="The gradient of a whole step, in the streams and in every parameter, matches a central difference.",
         reference="derivations: layer_backward",
         domain="n <= 4, C = 5, residual logits up to std 3",
         method="one random direction in all inputs at once, step 2^-15",
-        provenance="sampled",
-        kind="layer",
         lemma="normalised_adjoint",
         samples=_samples((0.1, 0.3, 1.0, 3.0)),
         check=_gradient,
     ),
-    Claim(
+    _claim(
         name="v4_without_eps_is_the_paper_transposed",
-        family="layer",
         statement="With eps = 0 the stored recurrence, applied transposed, equals the paper's on transposed logits.",
         reference="conventions: presets",
         domain="as for maps_follow_the_equations",
         method="both sets of equations in 80-bit floats",
-        provenance="sampled",
-        kind="layer",
         lemma="sk_transpose",
-        samples=_samples(),
         check=_is_paper_transposed,
         applies=_undamped,
     ),
-    Claim(
+    _claim(
         name="decoding_equals_the_full_forward",
-        family="layer",
         statement="Token-by-token decoding with caches gives the logits of one full forward within 1e-10 in float64.",
         reference="mhc_layers.generate",
         domain="random Transformers of two layers, 1 to 4 streams",
         method="largest difference of the logits",
-        provenance="sampled",
-        kind="layer",
-        samples=_samples(),
-        check=_decode,
+        check=decoding_gap,
         applies=_decodes,
         effort=0.1,
     ),

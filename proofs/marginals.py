@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from proofs import strategies
@@ -103,16 +105,16 @@ def _two_by_two(subject: Subject, sample: Sample) -> Observation:
     return worst_of(seen)
 
 
+_claim = functools.partial(Claim, family="marginals", provenance="sampled")
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="last_side_exact",
-        family="marginals",
         statement="Every sum of the side that is normalised last is within (n+1) u of 1 (plus one cast where the "
         "result is stored in half precision; after the exact finish (n+4) u, in float64 (n^2+n+4) u).",
         reference="derivations: rounding_errors",
         domain="finite logits up to range 1e4, any num_iters >= 1, n <= 32",
         method="compensated sums of the stored entries",
-        provenance="sampled",
         lemma="rownorm_sum",
         lemmas=("colnorm_sum", "sk_rows_last_iter", "normalised_sum_upper", "normalised_sum_lower"),
         samples=lambda subject: strategies.samples(
@@ -124,14 +126,12 @@ CLAIMS: tuple[Claim, ...] = (
         applies=exact_side,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="entries_in_unit_interval",
-        family="marginals",
         statement="Every entry is finite, >= 0 and <= 1 + (n+1) u: no NaN and no overflow at any range.",
         reference="derivations: rounding_errors",
         domain="finite logits up to range 1e4, n <= 16",
         method="maximum over the stored entries",
-        provenance="sampled",
         lemma="sk_iter",
         lemmas=("rownorm_pos", "colnorm_pos", "rowst_le1"),
         samples=lambda subject: strategies.samples(
@@ -142,54 +142,46 @@ CLAIMS: tuple[Claim, ...] = (
         check=_entries,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="damped_side_below_one",
-        family="marginals",
         statement="With eps in every divisor the side normalised last sums to at most 1 + (n+1) u.",
         reference="arXiv 2606.19348; conventions: presets",
         domain="finite logits up to range 1e3",
         method="compensated sums of the stored entries",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(),
         check=_shrunk,
         applies=adds_eps,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="small_logits_converge",
-        family="marginals",
         statement="Both marginal errors are at most 1e-5 plus rounding.",
         reference="Franklin and Lorenz 1989",
         domain="logits in [-1/4, 1/4], at least 5 iterations",
         method="compensated sums of the stored entries",
-        provenance="sampled",
         lemma="fix_dstoch",
         samples=lambda subject: strategies.samples(generators=strategies.EASY, sizes=(2, 3, 4, 8, 16)),
         check=_converges_easily,
         applies=kl,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="reported_error_is_true",
-        family="marginals",
         statement="row_error and column_error equal the errors of the returned matrix, within (n+1) u, per matrix.",
         reference="birkhoff.project",
         domain="finite logits up to range 1e3",
         method="recomputed from the stored entries",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_honest,
         applies=reports,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="open_side_never_rises",
-        family="marginals",
         statement="The L1 error of the side normalised first does not rise from 1 to 2, 3, 5, 8, 13, 20 iterations.",
         reference="derivations: sinkhorn_knopp",
         domain="finite logits up to range 1e3",
         method="compensated sums; 2 n^2 accuracy allowances of slack",
-        provenance="sampled",
         lemma="l1_error_decreases",
         samples=lambda subject: strategies.samples(batch=8),
         check=_monotone,
@@ -197,15 +189,13 @@ CLAIMS: tuple[Claim, ...] = (
         effort=0.5,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="hilbert_contraction",
-        family="marginals",
         statement="Each iteration multiplies log(max sum / min sum) of the open side by at most tanh(D/4)^2, D the "
         "largest log cross ratio of the input.",
         reference="Birkhoff 1957; Franklin and Lorenz 1989",
         domain="logits of range <= 8, n <= 5",
         method="four successive iterates",
-        provenance="sampled",
         lemma="cross_rownorm",
         lemmas=("cross_colnorm",),
         samples=lambda subject: strategies.samples(
@@ -216,14 +206,12 @@ CLAIMS: tuple[Claim, ...] = (
         effort=0.5,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="two_by_two_error_below_1_over_2k",
-        family="marginals",
         statement="For n = 2 the open side is within 1/(2k) of 1 after k iterations.",
         reference="measured; no proof here",
         domain="n = 2, any finite logits up to range 1e3",
         method="k = 1, 2, 5, 10, 20, 50",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(sizes=(2,), batch=16),
         check=_two_by_two,
         applies=_truncations,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from proofs import strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
 from proofs.measure import compute_roundoff, norm2, sums
 from proofs.systems import Parametrized
 
@@ -31,7 +31,7 @@ def _stated_sums(subject: Parametrized, sample: Sample) -> Observation:
     seen = [worst(np.abs(sums(matrix, side) - 1), allowed, f"|{side} sum - 1|") for side in sides]
     if sides:
         seen.append(worst(np.maximum(-matrix, matrix - 1), allowed, "entry outside [0, 1]"))
-        seen.append(worst(np.where(matrix < 0, 2.0, 0.0), 1.0, "a negative entry"))
+        seen.append(holds_where(matrix >= 0, "a negative entry"))
     if subject.sums == "both":
         seen.append(worst(norm2(matrix) - 1, allowed + 64 * 2.0**-53, "norm - 1"))
     if not sides:

@@ -147,7 +147,7 @@ def norm_at_most(matrix: np.ndarray | Matrix, bound: float) -> bool:
     >>> norm_at_most(np.eye(2), 1.0), norm_at_most(np.eye(2), 0.9999999999999999)
     (True, False)
     """
-    if np.isinf(bound):
+    if np.isposinf(bound):
         return True
     entries = matrix if isinstance(matrix, list) else exact(matrix)
     return bound >= 0 and is_positive_semidefinite(gram_below(entries, Fraction(float(bound)) ** 2))

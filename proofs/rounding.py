@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from proofs import rational, strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
 from proofs.certificate import stored_matrices
 from proofs.measure import compute_roundoff, finish_allowance, norms_at_most, storage_error, sums
 from proofs.systems import Rounder
@@ -35,12 +37,11 @@ def _shrunk(subject: Rounder, sample: Sample) -> Observation:
     allowed = (size + 2) * 2.0**-53 if sample.dtype == "float32" else _slack(sample, size + 2)
     excess = np.maximum(sums(shrunk, "rows"), sums(shrunk, "columns")) - 1
     bound = np.full(len(matrices), (1 + allowed) * (1 + 4 * 2.0**-53))
-    above = np.where(norms_at_most(shrunk, bound), 0.0, 2.0)
     grown = np.max(shrunk - matrices, axis=(-2, -1))
     return worst_of(
         (
             worst(np.maximum(excess, 0), allowed, "sum above 1"),
-            worst(above, 1.0, "norm above 1"),
+            holds_where(norms_at_most(shrunk, bound), "norm above 1"),
             worst(grown, 0.0, "an entry grew"),
         )
     )
@@ -79,62 +80,53 @@ def _samples(sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 8), batch: int = 16):
     )
 
 
+_claim = functools.partial(Claim, family="rounding", kind="rounding", samples=_samples())
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="rounding_makes_both_sides_exact",
-        family="rounding",
         statement="round_to_polytope gives non-negative entries and both sums within (n+4) u of 1, in float64 "
         "(n^2+n+4) u, plus one cast where the result is stored in half precision.",
         reference="Altschuler, Weed and Rigollet 2017, Algorithm 2",
         domain="truncated, crude, raw and sparse matrices from all generators, n <= 8",
         method="compensated sums of the stored entries",
         provenance="sampled",
-        kind="rounding",
         lemma="rounding_dstoch",
         lemmas=("corrected_dstoch", "corrected_rows", "corrected_cols", "corrected_nonneg"),
-        samples=_samples(),
         check=_exact_sums,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="shrinking_gives_norm_at_most_one",
-        family="rounding",
         statement="round_to_nonexpansive gives sums and norm at most 1, within (n+2) roundings of the sums (float64 "
         "units for float32 values), plus one cast in half precision; no entry grows.",
         reference="derivations: rounding_to_the_polytope",
         domain="as for rounding_makes_both_sides_exact",
         method="norm decided in exact arithmetic",
         provenance="exact",
-        kind="rounding",
         lemma="nonexpansive_norm",
         lemmas=("nonexpansive_sub", "substoch_nonexpansive", "shrink_le1", "shrink_ge0"),
-        samples=_samples(),
         check=_shrunk,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="rounding_moves_little",
-        family="rounding",
         statement="|B - A|_1 <= 2 (|A 1 - 1|_1 + |A^T 1 - 1|_1), up to rounding.",
         reference="Altschuler, Weed and Rigollet 2017, Lemma 7",
         domain="as for rounding_makes_both_sides_exact",
         method="sums over the entries",
         provenance="sampled",
-        kind="rounding",
-        samples=_samples(),
         check=_near,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="rounding_is_the_algorithm",
-        family="rounding",
         statement="Both finishes are within (4n+16) u of the algorithm in exact fractions; doubly stochastic "
         "matrices stay.",
         reference="Altschuler, Weed and Rigollet 2017, Algorithm 2",
         domain="as for rounding_makes_both_sides_exact, n <= 5",
         method="the algorithm re-executed in fractions on the stored entries",
         provenance="exact",
-        kind="rounding",
         lemma="rounding_fix",
         lemmas=("nonexpansive_fix", "scale_rows_sum", "scale_cols_sum"),
         samples=_samples((1, 2, 3, 4, 5), 4),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from hypothesis import strategies as st
 
 from proofs import enclosure, strategies, vectors
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
+from proofs._claim import Claim, Observation, Sample, same_bits, worst, worst_of
 from proofs.backends import BACKENDS
 from proofs.conditions import has_halves, iterates, known_iteration, meets
 from proofs.measure import accuracy_allowance, marginal_allowance
@@ -50,7 +52,7 @@ def _strict(subject: Subject) -> str | None:
 def _same_bits(subject: Subject, sample: Sample) -> Observation:
     assert subject.elsewhere is not None
     other = subject.elsewhere(BACKENDS["numpy"]).matrix(sample)
-    return worst(np.where(subject.matrix(sample) == other, 0.0, 2.0), 1.0, "bits differ from NumPy")
+    return same_bits(subject.matrix(sample), other, "bits differ from NumPy")
 
 
 def _foreign(subject: Subject) -> str | None:
@@ -115,16 +117,15 @@ def _replayed(subject: Subject, sample: Sample) -> Observation:
     return worst(np.abs(run.matrix(sample) - vectors.matrix_of(case)), allowed, "distance from the stored answer")
 
 
+_claim = functools.partial(Claim, family="roundoff", provenance="sampled", reference="derivations: rounding_errors")
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="accuracy_of_the_iteration",
-        family="roundoff",
         statement="Every entry is within 4 n u max(1, logit range / 16) of the same number of iterations on the exact "
         "reals (plus one cast where the result is stored in half precision).",
-        reference="derivations: rounding_errors",
         domain="logit std 0.1 to 100, all generators, 1, 3 and the given number of iterations, n <= 16",
         method="against the model in 80-bit floats",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             scales=_CONTRACT_SCALES,
             sizes=(1, 2, 3, 4, 5, 8, 16),
@@ -134,12 +135,10 @@ CLAIMS: tuple[Claim, ...] = (
         applies=known_iteration,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="inside_the_enclosure",
-        family="roundoff",
         statement="Every entry is within 4 n u max(1, logit range / 16) of a rigorous enclosure of the exact iterate, "
         "which itself is narrower than 1e-30.",
-        reference="derivations: rounding_errors",
         domain="logit std 0.1 to 100, n <= 8, the given number of iterations",
         method="ball arithmetic: the stored logits are exact, exp and divisions are enclosed",
         provenance="enclosure",
@@ -151,12 +150,10 @@ CLAIMS: tuple[Claim, ...] = (
         effort=0.5,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="conformance_vectors",
-        family="roundoff",
         statement="Every entry is within 4 n u max(1, logit range / 16) of the stored answers, which are fractions or "
         "decimals proven to 60 and 1000 digits.",
-        reference="derivations: rounding_errors",
         domain="67 patterns of zeros and 80 matrices of logits, n <= 8, both orders, 1 to 20 iterations",
         method="replay of proofs/vectors",
         provenance="exact",
@@ -165,15 +162,12 @@ CLAIMS: tuple[Claim, ...] = (
         applies=known_iteration,
         effort=3.0,
     ),
-    Claim(
+    _claim(
         name="half_is_float32_stored",
-        family="roundoff",
         statement="float16 and bfloat16 logits give the float32 result rounded once (one unit in the last place more "
         "where the float32 value is next to a rounding boundary).",
-        reference="derivations: rounding_errors",
         domain="logit std up to 100",
         method="against the float32 run on the same values",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(
             scales=_CONTRACT_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.halves or ("float32",)
         ),
@@ -181,26 +175,21 @@ CLAIMS: tuple[Claim, ...] = (
         applies=has_halves,
         itemwise=True,
     ),
-    Claim(
+    _claim(
         name="same_bits_on_the_strict_namespace",
-        family="roundoff",
         statement="array-api-strict returns the bits that NumPy returns.",
         reference="the array API standard",
         domain="finite logits up to range 1e3",
         method="compared bit for bit",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(batch=4),
         check=_same_bits,
         applies=_strict,
     ),
-    Claim(
+    _claim(
         name="agrees_with_numpy",
-        family="roundoff",
         statement="Another backend is within twice the accuracy contract of NumPy on the same logits.",
-        reference="derivations: rounding_errors",
         domain="logit std 0.1 to 100",
         method="difference of the two results",
-        provenance="sampled",
         samples=lambda subject: strategies.samples(scales=_CONTRACT_SCALES, sizes=(2, 3, 4, 5, 8, 16)),
         check=_agreement,
         applies=_foreign,

@@ -96,7 +96,8 @@ class Layer(System):
 
     `maps(x, parameters)` returns pre (B, n), post (B, n), res (B, n, n); `step(x, parameters, weight)` returns the next
     streams with the sublayer u -> tanh(u) W; `vjp(x, parameters, weight, grad)` returns the gradient of x and of each
-    parameter. `convention` is a mapping of the fields of a Convention.
+    parameter. `convention` is a mapping of the fields of a Convention. `decode(seed)` builds a Transformer of random
+    weights on it and returns the logits (B, T, V) of one full forward and of decoding with caches.
     """
 
     kind: Kind = "layer"
@@ -104,7 +105,7 @@ class Layer(System):
     maps: Callable[[np.ndarray, Arrays], tuple[np.ndarray, np.ndarray, np.ndarray]] = field(repr=False)
     step: Callable[[np.ndarray, Arrays, np.ndarray], np.ndarray] = field(repr=False)
     vjp: Callable[[np.ndarray, Arrays, np.ndarray, np.ndarray], Arrays] = field(repr=False)
-    decode_gap: Callable[[int], float] | None = field(default=None, repr=False)
+    decode: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,37 +240,39 @@ def layer(convention: Any, chosen: Backend) -> Layer:
         maps=maps,
         step=step,
         vjp=vjp,
-        decode_gap=lambda seed: _decode_gap(convention, seed),
+        decode=lambda seed: _random_decode(convention, seed),
     )
 
 
-def _decode_gap(convention: Any, seed: int) -> float:
-    """Largest difference between decoding token by token with caches and one full forward, in float64."""
+def _random_decode(convention: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
     torch = importlib.import_module("torch")
     mhc_layers = importlib.import_module("mhc_layers")
-    generator_state = torch.get_rng_state()
-    try:
+    config = mhc_layers.TransformerConfig(
+        vocab_size=_VOCABULARY,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        max_seq_len=16,
+        num_streams=1 + seed % 4,
+        convention=convention,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        config = mhc_layers.TransformerConfig(
-            vocab_size=17,
-            dim=16,
-            num_layers=2,
-            num_heads=2,
-            max_seq_len=16,
-            num_streams=1 + seed % 4,
-            convention=convention,
-        )
-        model = mhc_layers.Transformer(config).double().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            tokens = torch.randint(17, (2, 7))
-            full = model(tokens)
-            caches = model.make_caches(2)
-            steps = [model(tokens[:, :3], caches), *(model(tokens[:, t : t + 1], caches) for t in range(3, 7))]
-        return float((torch.cat(steps, dim=1) - full).abs().max())
-    finally:
-        torch.set_rng_state(generator_state)
+        model = mhc_layers.Transformer(config).eval()
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        return _decoded(model.double(), torch.randint(_VOCABULARY, (2, 7)), 3)
+
+
+def _decoded(model: Any, tokens: Any, prompt: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of one full forward, and of the prompt at once and then token by token with caches."""
+    torch = importlib.import_module("torch")
+    with torch.no_grad():
+        caches = model.make_caches(len(tokens))
+        full = model(tokens)
+        steps = [model(tokens[:, :prompt], caches)]
+        steps += [model(tokens[:, t : t + 1], caches) for t in range(prompt, tokens.shape[1])]
+        return full.numpy(), torch.cat(steps, dim=1).numpy()
 
 
 _VOCABULARY, _TRAIN_STEPS, _TRAIN_TOKENS = 17, 50, 12
@@ -337,17 +340,9 @@ def _trace(model: Any, seed: int) -> Trace:
     )
 
 
-def _decode(model: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    torch = importlib.import_module("torch")
-    wide = copy.deepcopy(model).double()
+def _trained_decode(model: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
     tokens = _progressions(seed, 2, _TRAIN_TOKENS)
-    prompt = 1 + seed % (_TRAIN_TOKENS - 1)
-    with torch.no_grad():
-        caches = wide.make_caches(2)
-        full = wide(tokens)
-        steps = [wide(tokens[:, :prompt], caches)]
-        steps += [wide(tokens[:, t : t + 1], caches) for t in range(prompt, _TRAIN_TOKENS)]
-        return full.numpy(), torch.cat(steps, dim=1).numpy()
+    return _decoded(copy.deepcopy(model).double(), tokens, 1 + seed % (_TRAIN_TOKENS - 1))
 
 
 def trained(convention: Any, chosen: Backend, *, connection: str = "mhc") -> Trained:
@@ -359,7 +354,7 @@ def trained(convention: Any, chosen: Backend, *, connection: str = "mhc") -> Tra
         eps=max(convention.eps_start, convention.eps_den) if damped else 0.0,
         certifier=certifier(chosen),
         trace=lambda seed: _trace(_train(convention, connection)[0], seed),
-        decode=lambda seed: _decode(_train(convention, connection)[0], seed),
+        decode=lambda seed: _trained_decode(_train(convention, connection)[0], seed),
         losses=lambda: _train(convention, connection)[1],
     )
 

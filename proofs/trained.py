@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from hypothesis import strategies as st
 
-from proofs import rational
 from proofs._claim import Claim, Observation, Sample, worst, worst_of
-from proofs.certificate import TIGHT
-from proofs.closure import prefixes
-from proofs.measure import marginal_allowance, norm2, norms_at_most, norms_below, sums
+from proofs.certificate import TIGHT, encloses, encloses_product, near, product_of
+from proofs.closure import gain_is_one, norm_at_most_sqrt_n, prefixes
+from proofs.layer import decoding_gap
+from proofs.measure import marginal_allowance, norm2, sums
 from proofs.systems import Trained
 
 __all__ = ["CLAIMS"]
 
-_U = 2.0**-53
 _U32 = 2.0**-24
 _EXACT_TOKENS = 3
 _SPREAD = 2.0**-14  # 1024 u of float32: copies that only rounding tells apart stay far below
@@ -30,9 +31,9 @@ def _samples(subject: Trained) -> st.SearchStrategy[Sample]:
     return st.builds(_sample, st.integers(0, 2**16))
 
 
-def _composites(h_res: np.ndarray) -> np.ndarray:
-    """Whole-depth products of every token, (N, n, n), float64."""
-    return np.stack([prefixes(h_res[:, token])[-1] for token in range(h_res.shape[1])])
+def _by_token(h_res: np.ndarray) -> np.ndarray:
+    """Maps (S, N, n, n) as a stack of layers for every token, (N, S, n, n)."""
+    return np.swapaxes(h_res, 0, 1)
 
 
 def _no_eps(subject: Trained) -> str | None:
@@ -43,28 +44,16 @@ def _site_certificate(subject: Trained, sample: Sample) -> Observation:
     h_res = subject.trace(sample.seed).h_res
     flat = h_res.reshape(-1, *h_res.shape[-2:])
     certificate = subject.certifier.certify(flat, "float32")
-    lower, upper = certificate["norm2_lower"], certificate["norm2_upper"]
-    inside = norms_at_most(flat, upper) & ~norms_below(flat, lower)
-    return worst_of(
-        (
-            worst(np.where(inside, 0.0, 2.0), 1.0, "the norm of a site is outside its bounds"),
-            worst(upper / norm2(flat) - 1, _TIGHT_SITE, "upper bound above the norm of a site, relative"),
-        )
-    )
+    return worst_of((encloses(flat, certificate), near(certificate, norm2(flat), _TIGHT_SITE)))
 
 
 def _depth_certificate(subject: Trained, sample: Sample) -> Observation:
-    h_res = subject.trace(sample.seed).h_res
-    certificate = subject.certifier.certify_product(np.swapaxes(h_res, 0, 1), "float32")
-    lower, upper = certificate["norm2_lower"], certificate["norm2_upper"]
-    seen = [worst(upper / norm2(_composites(h_res)) - 1, TIGHT, "upper bound above the composite's norm, relative")]
-    for token in np.linspace(0, h_res.shape[1] - 1, _EXACT_TOKENS).astype(int):
-        entries = rational.exact(h_res[0, token])
-        for matrix in h_res[1:, token]:
-            entries = rational.matmul(rational.exact(matrix), entries)
-        above = np.isfinite(upper[token]) and not rational.norm_at_most(entries, float(upper[token]))
-        below = rational.norm_below(entries, float(lower[token]))
-        seen.append(Observation(2.0 if above or below else 0.0, 1.0, 0, "the composite's norm is outside its bounds"))
+    tokens = _by_token(subject.trace(sample.seed).h_res)
+    certificate = subject.certifier.certify_product(tokens, "float32")
+    seen = [near(certificate, norm2(np.stack([prefixes(layers)[-1] for layers in tokens])), TIGHT)]
+    for at in np.linspace(0, len(tokens) - 1, _EXACT_TOKENS).astype(int):
+        bounds = float(certificate["norm2_lower"][at]), float(certificate["norm2_upper"][at])
+        seen.append(encloses_product(product_of(tokens[at]), *bounds))
     return worst_of(seen)
 
 
@@ -74,17 +63,15 @@ def _row_sums(subject: Trained, sample: Sample) -> Observation:
 
 
 def _gain(subject: Trained, sample: Sample) -> Observation:
-    h_res = subject.trace(sample.seed).h_res
-    depth, size = len(h_res), h_res.shape[-1]
-    allowed = np.expm1(depth * (marginal_allowance(size, "float32") + 2 * size * _U))
-    return worst(np.abs(sums(_composites(h_res), "rows") - 1), allowed, "forward gain of the whole depth")
+    tokens = _by_token(subject.trace(sample.seed).h_res)
+    per_layer = marginal_allowance(tokens.shape[-1], "float32")
+    return worst_of(gain_is_one(layers, ["rows"], per_layer) for layers in tokens)
 
 
 def _sqrt_n(subject: Trained, sample: Sample) -> Observation:
-    h_res = subject.trace(sample.seed).h_res
-    depth, size = len(h_res), h_res.shape[-1]
-    slack = np.exp(depth * (marginal_allowance(size, "float32") + 2 * size * _U)) * (1 + 8 * size * _U)
-    return worst(norm2(_composites(h_res)), np.sqrt(size) * slack, "norm of the whole depth")
+    tokens = _by_token(subject.trace(sample.seed).h_res)
+    per_layer = marginal_allowance(tokens.shape[-1], "float32")
+    return worst_of(norm_at_most_sqrt_n(layers, per_layer) for layers in tokens)
 
 
 def _streams_differ(subject: Trained, sample: Sample) -> Observation:
@@ -108,133 +95,104 @@ def _mean(subject: Trained, sample: Sample) -> Observation:
 
 
 def _decode(subject: Trained, sample: Sample) -> Observation:
-    full, decoded = subject.decode(sample.seed)
-    return worst(np.abs(decoded - full), 1e-10 * max(1.0, float(np.abs(full).max())), "cached decoding against full")
+    return decoding_gap(subject, sample)
 
 
 _DOMAIN = "Transformers of 6 sites, 4 streams, trained 50 steps in float32 on the CPU; every token of fresh sequences"
 
 
+_claim = functools.partial(Claim, family="trained", kind="trained", provenance="sampled", samples=_samples)
+
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
+    _claim(
         name="trained_site_certificate_holds",
-        family="trained",
-        statement="For every H_res of a forward pass norm2_lower <= norm_2(H_res) <= norm2_upper, and the upper bound "
-        "is within 1e-4 of the norm.",
+        statement="For every H_res of a forward pass norm2_lower <= norm_2(H_res) <= norm2_upper, and both bounds "
+        "are within 1e-4 of the norm.",
         reference="derivations: spectral_norm_certificate",
         domain=_DOMAIN,
         method="bounds decided exactly on the stored float32 values; tightness by float64 singular values",
         provenance="exact",
-        kind="trained",
         lemma="collatz",
         lemmas=("schur",),
-        samples=_samples,
         check=_site_certificate,
         effort=0.1,
     ),
-    Claim(
+    _claim(
         name="trained_depth_certificate_holds",
-        family="trained",
-        statement="The certificate of the product of all H_res of a token encloses its norm, and the upper bound is "
+        statement="The certificate of the product of all H_res of a token encloses its norm, and both bounds are "
         "within 1e-6 of the norm.",
         reference="derivations: spectral_norm_certificate",
         domain=_DOMAIN,
         method="product and bounds in fractions for three tokens of each pass; tightness by float64 singular values",
         provenance="exact",
-        kind="trained",
         lemma="collatz",
         lemmas=("chained_row_sums", "chained_col_sums"),
-        samples=_samples,
         check=_depth_certificate,
         effort=0.1,
     ),
-    Claim(
+    _claim(
         name="trained_row_sums_exact",
-        family="trained",
         statement="Every row of every H_res of a forward pass sums to 1 within (n+1) u.",
         reference="arXiv 2512.24880, equation 9",
         domain=_DOMAIN + "; conventions without eps",
         method="compensated sums",
-        provenance="sampled",
-        kind="trained",
         lemma="rownorm_sum",
         lemmas=("normalised_sum_upper", "normalised_sum_lower"),
-        samples=_samples,
         check=_row_sums,
         applies=_no_eps,
         effort=0.2,
     ),
-    Claim(
+    _claim(
         name="trained_depth_gain_is_one",
-        family="trained",
-        statement="The forward gain of the whole depth, the row sums of the product of all H_res, is 1 "
+        statement="The forward gain of any depth, the row sums of the product of its first L H_res, is 1 "
         "within L (n+2) u.",
         reference="derivations: spectral_norm_certificate",
         domain=_DOMAIN + "; conventions without eps",
         method="products of the stored maps in float64",
-        provenance="sampled",
-        kind="trained",
         lemma="rowst_prod",
-        samples=_samples,
         check=_gain,
         applies=_no_eps,
         effort=0.2,
     ),
-    Claim(
+    _claim(
         name="trained_depth_norm_at_most_sqrt_n",
-        family="trained",
-        statement="The norm of the product of all H_res is at most sqrt(n), up to L (n+2) u.",
+        statement="The norm of the product of the first L H_res is at most sqrt(n) at any depth, up to L (n+2) u.",
         reference="derivations: spectral_norm_certificate",
         domain=_DOMAIN,
         method="singular values of float64 products",
-        provenance="sampled",
-        kind="trained",
         lemma="rowst_prod_norm",
         lemmas=("schur", "sub_mul"),
-        samples=_samples,
         check=_sqrt_n,
         effort=0.2,
     ),
-    Claim(
+    _claim(
         name="trained_streams_differ",
-        family="trained",
         statement="The streams that leave the last site are not copies of each other: their spread is at least 1024 u "
         "of their root mean square.",
         reference="arXiv 2512.24880",
         domain=_DOMAIN,
         method="standard deviation over streams, mean over channels, for every token",
-        provenance="sampled",
-        kind="trained",
-        samples=_samples,
         check=_streams_differ,
         effort=0.2,
     ),
-    Claim(
+    _claim(
         name="trained_mean_is_conserved",
-        family="trained",
         statement="A site moves the mean of the streams by mean(h_post) times its update and nothing else, within the "
         "certificate's distance of the column sums from 1 and float32 rounding.",
         reference="arXiv 2512.24880, equation 3",
         domain=_DOMAIN,
         method="the streams and updates of the pass itself, before and after every site",
-        provenance="sampled",
-        kind="trained",
         lemma="colst_mean",
-        samples=_samples,
         check=_mean,
         effort=0.2,
     ),
-    Claim(
+    _claim(
         name="trained_decoding_equals_the_full_forward",
-        family="trained",
         statement="With the trained weights, token-by-token decoding with caches gives the logits of one full forward "
-        "within 1e-10 of the largest, in float64.",
+        "within 1e-10, in float64.",
         reference="mhc_layers.generate",
         domain=_DOMAIN + ", prompts of 1 to 11 tokens",
         method="largest difference of the logits",
-        provenance="sampled",
-        kind="trained",
-        samples=_samples,
         check=_decode,
         effort=0.1,
     ),

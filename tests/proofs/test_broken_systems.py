@@ -281,7 +281,7 @@ LAYERS: dict[str, tuple[Callable[[], Layer], ...]] = {
         lambda: _changed_gradient("deepseek_v4", "bias", -1.0),
         lambda: _changed_gradient("paper", "alpha_res", 2.0),
     ),
-    "decoding_equals_the_full_forward": (lambda: _layer("paper", decode_gap=lambda seed: 1e-3),),
+    "decoding_equals_the_full_forward": (lambda: _layer("paper", decode=lambda seed: (np.zeros(3), np.full(3, 1e-3))),),
 }
 
 
