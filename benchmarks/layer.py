@@ -8,6 +8,7 @@ is one bfloat16 stream; at n = 4 a site forward and backward must move 29 E if e
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import sys
@@ -62,9 +63,10 @@ def _jobs(shapes: list[tuple[int, int]], n: int, names: list[str]) -> list[list[
 
 def _row(peer: Peer, n: int, c: int, inputs: list[Inputs], chain: int) -> dict[str, Any]:
     row: dict[str, Any] = {"name": peer.name, "note": peer.note}
+    start = time.monotonic()
     with survives(row), rows(peer):
         row = measure(peer, n, c, inputs, chain)
-    return row
+    return row | {"seconds": round(time.monotonic() - start, 1)}
 
 
 def run(
@@ -101,7 +103,8 @@ def run(
                 save()
                 print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)
                 free()
-                torch.compiler.reset()
+                if _IMPLEMENTATIONS[name].builds:
+                    torch.compiler.reset()
             del inputs
             free()
     save()
@@ -141,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("benchmarks layer needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
-    elif arguments.compile_only:
+    elif arguments.compile_only and not arguments.jobs:
         for name in names:
             with rows(_IMPLEMENTATIONS[name]):
                 for m, c in arguments.shapes:
@@ -157,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
             commands = _jobs(arguments.shapes, arguments.streams, names)
             done = compile_ahead(commands, arguments.jobs, arguments.seconds / 2)
             print(done, file=sys.stderr, flush=True)
+            if arguments.compile_only:
+                return 0
 
         def save() -> None:
             if arguments.json is not None:
@@ -164,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.markdown is not None:
                 arguments.markdown.write_text(markdown(report))
 
+        gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
         left = arguments.seconds - (time.monotonic() - start)
         run(arguments.shapes, arguments.streams, names, arguments.chain, left, report, save)
         if arguments.kernels:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import shlex
 import sys
@@ -240,8 +241,10 @@ def run(
             if time.monotonic() > stop:
                 row["skipped"] = f"not reached in {seconds:.0f} s"
             else:
+                start = time.monotonic()
                 with survives(row):
                     row = measure(variant, dim, num_layers, batch, sequence, graph, expected)
+                row["seconds"] = round(time.monotonic() - start, 1)
             width["rows"].append(row)
             save()
             print(f"C={dim} {json.dumps(row)}", file=sys.stderr, flush=True)
@@ -278,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("benchmarks training needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
-    elif arguments.compile_only:
+    elif arguments.compile_only and not arguments.jobs:
         for dim in arguments.dims:
             compile_only(dim, *shape, arguments.names)
         return 0
@@ -299,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
                 if name in COMPILE_FIRST
             ]
             print(compile_ahead(commands, arguments.jobs, arguments.seconds / 2), file=sys.stderr, flush=True)
+            if arguments.compile_only:
+                return 0
 
         def save() -> None:
             if arguments.json is not None:
@@ -306,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.markdown is not None:
                 arguments.markdown.write_text(markdown(report))
 
+        gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
         left = arguments.seconds - (time.monotonic() - start)
         run(arguments.dims, *shape, arguments.names, not arguments.no_graph, left, report, save)
     text = markdown(report)
