@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import birkhoff
+from birkhoff import _dispatch
+from birkhoff._registry import PROJECTIONS, Table
 from birkhoff.kernels.cuda import sinkhorn as cuda
 from tests.kernels.sinkhorn_cases import UNIT, allowed, expected, expected_gradient, marginal_error, vertices
 
@@ -156,6 +159,91 @@ def test_cuda_graph_replays(kernels: ModuleType) -> None:
     graph.replay()
     assert torch.equal(matrix, kernels.sinkhorn_forward(logits))
     assert torch.equal(pulled, kernels.sinkhorn_backward(logits, logits))
+
+
+def only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave one fused row and the plain one in the table."""
+    rows = tuple(row for row in PROJECTIONS.rows if row.name in (name, "array"))
+    monkeypatch.setattr(_dispatch, "PROJECTIONS", Table("projections", rows))
+    logits = torch.zeros(2, 4, 4, device="cuda")
+    assert str(birkhoff.explain(logits)).startswith(f"chosen: {name}")
+
+
+@pytest.mark.parametrize("row", ["cuda", "triton"])
+def test_transforms_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, row: str) -> None:
+    """vmap, torch.func and double backward over each fused row give what the plain path gives in float64 on a CPU."""
+    only(row, monkeypatch)
+    logits = torch.randn(5, 6, 3, 3, dtype=torch.float64, device="cuda")
+    weight = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return (weight.to(x.device) * birkhoff.sinkhorn(x) ** 2).sum()
+
+    host = logits.cpu()
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    mapped = torch.vmap(birkhoff.sinkhorn, in_dims=1, out_dims=1)(logits)
+    torch.testing.assert_close(mapped.cpu(), birkhoff.sinkhorn(host), **close)
+    gradients = torch.vmap(torch.func.grad(value))(logits[0])
+    torch.testing.assert_close(gradients.cpu(), torch.vmap(torch.func.grad(value))(host[0]), **close)
+    second = torch.func.hessian(value)(logits[0, 0])
+    torch.testing.assert_close(second.cpu(), torch.func.hessian(value)(host[0, 0]), **close)
+    assert torch.autograd.gradgradcheck(birkhoff.sinkhorn, (logits[0, :2].clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("row", ["cuda", "triton"])
+def test_compiled_and_captured_training_steps(monkeypatch: pytest.MonkeyPatch, row: str) -> None:
+    """compile(fullgraph) and a captured forward and backward give the bits of the eager call."""
+    only(row, monkeypatch)
+    logits = torch.randn(300, 4, 4, device="cuda", requires_grad=True)
+    upstream = torch.randn(300, 4, 4, device="cuda")
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix = birkhoff.sinkhorn(x)
+        return matrix, torch.autograd.grad(matrix, x, upstream)[0]
+
+    eager = step(logits)
+    compiled = torch.compile(birkhoff.sinkhorn, fullgraph=True)(logits)
+    assert torch.equal(compiled, eager[0])
+    assert torch.equal(torch.autograd.grad(compiled, logits, upstream)[0], eager[1])
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(logits)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        captured = step(logits)
+    graph.replay()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, eager, strict=True))
+
+
+def test_n_above_the_kernels_takes_the_plain_path(rng: np.random.Generator) -> None:
+    logits = torch.tensor(rng.normal(size=(7, 40, 40)), device="cuda", dtype=torch.float32)
+    assert "n = 40" in str(birkhoff.explain(logits)) and "chosen: array" in str(birkhoff.explain(logits))
+    exact = logits.double().cpu().numpy()
+    got = birkhoff.sinkhorn(logits).double().cpu().numpy()
+    wanted = expected(exact, method="knopp", num_iters=20, first="columns")
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=allowed(exact, torch.float32))
+
+
+def test_cupy_kernels_are_stream_ordered_and_copy_nothing_to_the_host(rng: np.random.Generator) -> None:
+    """The public call runs behind work that is still pending on CuPy's stream, and no copy to the host is recorded."""
+    cupy = pytest.importorskip("cupy")
+    values = rng.normal(size=(1 << 12, 4, 4)).astype(np.float32)
+    birkhoff.sinkhorn(cupy.asarray(values))
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        big = cupy.ones((1 << 26,), dtype=cupy.float32)
+        logits = cupy.zeros(values.shape, dtype=cupy.float32)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(20):
+                cupy.sqrt(big, out=big)  # milliseconds of work ahead of the logits
+            logits += cupy.float32(1.0)
+            logits *= cupy.arange(16, dtype=cupy.float32).reshape(4, 4)
+            matrix = birkhoff.sinkhorn(logits)
+            stream.synchronize()
+    assert not [event.name for event in profile.events() if "DtoH" in event.name]
+    exact = np.broadcast_to(np.arange(16.0).reshape(4, 4), (3, 4, 4))
+    wanted = expected(exact, method="knopp", num_iters=20, first="columns")
+    np.testing.assert_allclose(cupy.asnumpy(matrix)[-3:], wanted, rtol=0, atol=allowed(exact, torch.float32))
 
 
 def test_cupy_arrays_in_and_out(rng: np.random.Generator) -> None:

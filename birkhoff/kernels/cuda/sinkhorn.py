@@ -1,7 +1,7 @@
 """Batched Sinkhorn in CUDA C++, forward and exact backward, for n = 1..32 on CuPy arrays and torch tensors.
 
 The source is ``tile.cuh`` and ``sinkhorn.cu``, compiled at run time for one (n, dtype, method, order) and cached on
-disk. A lane holds a whole matrix up to n = 8 (backward 4); above, a grid of lanes holds blocks of it.
+disk. A lane holds a whole matrix up to n = 8; above, a grid of lanes holds blocks of it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class _Launch:
     blocks: int
     #: Iterations whose scalings the backward keeps in registers (not for the damped recurrence).
     held: int = 0
+    #: Matrices that a lane of the forward works on side by side; more than one only where it holds whole matrices.
+    tiles: int = 1
 
     @property
     def lanes(self) -> int:
@@ -49,7 +51,7 @@ class _Launch:
 #: (largest n, launch), forward and backward, in float32 (and 16-bit) and float64.
 _FORWARD = {
     False: (
-        (4, _Launch(1, 1, 128, 8)),
+        (4, _Launch(1, 1, 128, 12)),
         (8, _Launch(1, 1, 128, 3)),
         (16, _Launch(2, 2, 128, 4)),
         (32, _Launch(4, 4, 128, 4)),
@@ -63,8 +65,9 @@ _FORWARD = {
 }
 _BACKWARD = {
     False: (
-        (4, _Launch(1, 1, 32, 15, held=6)),
-        (8, _Launch(2, 2, 32, 16)),
+        (4, _Launch(1, 1, 32, 16, held=7)),
+        (6, _Launch(1, 1, 32, 8, held=4)),
+        (8, _Launch(1, 1, 32, 4)),
         (16, _Launch(4, 2, 32, 14)),
         (32, _Launch(8, 4, 32, 14)),
     ),
@@ -99,6 +102,7 @@ def flags(n: int, element: int, launch: _Launch, **switches: bool) -> tuple[str,
         "THREADS": launch.threads,
         "BLOCKS": launch.blocks,
         "HELD": launch.held,
+        "TILES": launch.tiles,
         "PAIRS_A": pairs,
         "PAIRS_B": pairs,
         **{name.upper(): int(value) for name, value in switches.items()},
@@ -169,7 +173,7 @@ def _history_bytes(n: int, launch: _Launch, real_bytes: int) -> int:
 
 
 def _blocks(batch: int, launch: _Launch) -> int:
-    return -(-batch // (launch.threads // launch.lanes))
+    return -(-batch // (launch.threads // launch.lanes * launch.tiles))
 
 
 def _scalars(
@@ -228,7 +232,7 @@ def sinkhorn_forward(
             np.int64(batch),
             *_scalars(num_iters, None, eps_start, eps_den, range_cap, element == 3),
         ),
-        shared_bytes=launch.threads // 32 * _tile_bytes(n, launch, logits.dtype.itemsize),
+        shared_bytes=launch.threads // 32 * launch.tiles * _tile_bytes(n, launch, logits.dtype.itemsize),
     )
     return matrix
 

@@ -9,6 +9,7 @@
 //   BACKWARD     which of the two kernels
 //   THREADS, BLOCKS   launch bounds
 //   PAIRS_A, PAIRS_B  how many pairs of sums share a reciprocal in the column step and in the row step of the forward
+//   TILES        matrices that a lane of the forward works on side by side (where a lane holds whole matrices)
 //   HELD         iterations whose scalings the backward keeps in registers
 //
 // Two sums share a reciprocal where no entry is below 2^-60 of its column's largest, so that their product is safe (double:
@@ -40,7 +41,7 @@ constexpr int MATRIX_BYTES = N * N * (int)sizeof(element);
 constexpr int PER_WARP = 32 / LANES;  // matrices a warp holds
 constexpr bool PADDED = BR * GR != N || BC * GC != N;
 constexpr real LOG2E = (real)1.4426950408889634;
-constexpr int UNROLL = BR * BC <= 32 ? 4 : 1;
+constexpr int UNROLL = BR * BC <= 32 ? 4 : 1, USUAL = 20;  // this many iterations are unrolled as a whole
 typedef real Block[BR * BC];  // row-major
 typedef real Rows[BR];        // one number a row of the block
 typedef real Columns[BC];

@@ -24,8 +24,13 @@ _LANE_FORWARD = 4
 _LANE_BACKWARD = 4
 
 #: Padded n -> (matrices a program, warps, iterations kept in registers by the backward).
-_FORWARD = {1: (128, 4), 2: (128, 4), 4: (128, 4), 8: (8, 1), 16: (2, 1), 32: (1, 1)}
+_FORWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1), 16: (2, 1), 32: (1, 1)}
 _BACKWARD = {1: (128, 4, 10), 2: (128, 4, 10), 4: (64, 2, 10), 8: (2, 1, 10), 16: (1, 1, 10), 32: (1, 2, 4)}
+
+#: Padded n -> (matrices a program, warps) in float32 for the usual iteration count, which is unrolled as a whole. (The
+#: damped recurrence and a range cap keep more values alive: unrolled so, they spill.)
+_BACKWARD_WHOLE = {1: (32, 1), 2: (32, 1), 4: (32, 1)}
+_USUAL_COUNT = 20
 
 
 @triton.jit
@@ -85,11 +90,12 @@ def sinkhorn_backward_kernel(
     logits, grad_matrix, grad_logits, batch, num_iters, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     LANE: tl.constexpr, LENGTH: tl.constexpr, COMPUTE: tl.constexpr, METHOD: tl.constexpr,
     COLUMNS_FIRST: tl.constexpr, EPS_START: tl.constexpr, EPS_DEN: tl.constexpr, RANGE_CAP: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK matrices: the scalings are recomputed from the logits, LENGTH iterations at a time."""
     x = load_matrices(logits, batch, n, N, BLOCK, LANE, COMPUTE)
     g = load_matrices(grad_matrix, batch, n, N, BLOCK, LANE, COMPUTE)
-    d = tile.sinkhorn_vjp(x, g, num_iters, n, METHOD, COLUMNS_FIRST, LANE, LENGTH, EPS_START, EPS_DEN, RANGE_CAP)
+    d = tile.sinkhorn_vjp(x, g, num_iters, n, METHOD, COLUMNS_FIRST, LANE, LENGTH, EPS_START, EPS_DEN, RANGE_CAP, WHOLE)
     store_matrices(grad_logits, d, batch, n, N, BLOCK, LANE)
 
 
@@ -192,11 +198,15 @@ def sinkhorn_backward(
         return grad_logits
     options = _options(logits, method, first, eps_start, eps_den, range_cap)
     block, warps, length = _BACKWARD[options["N"]]
+    plain = method != "damped" and range_cap is None and options["COMPUTE"] == tl.float32
+    whole = plain and num_iters == _USUAL_COUNT and options["N"] in _BACKWARD_WHOLE
+    if whole:
+        (block, warps), length = _BACKWARD_WHOLE[options["N"]], num_iters
     batch = logits.shape[0]
     with device_of(logits):
         sinkhorn_backward_kernel[(triton.cdiv(batch, block),)](
             logits, grad_matrix, grad_logits, batch, num_iters, BLOCK=block, LENGTH=length,
-            LANE=options["N"] <= _LANE_BACKWARD, num_warps=warps, **options
+            LANE=options["N"] <= _LANE_BACKWARD, WHOLE=whole, num_warps=warps, **options
         )  # fmt: skip
     return grad_logits
 

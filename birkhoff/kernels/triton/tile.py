@@ -296,8 +296,12 @@ def _pull_segment(
     eps: tl.constexpr,
     LENGTH: tl.constexpr,
     LANE: tl.constexpr,
+    WHOLE: tl.constexpr = False,
 ):
-    """Replay iterations 0..begin, keep the scalings of the next LENGTH, and pull the gradients back through these."""
+    """Replay iterations 0..begin, keep the scalings of the next LENGTH, and pull the gradients back through these.
+
+    WHOLE: these are all iterations there are, so nothing came in from a later segment.
+    """
     a, b = start(m, n, FIRST, KIND, eps, LANE)
     for _ in range(begin):
         a = _half(m, b, a, n, FIRST, KIND, eps, LANE)
@@ -308,9 +312,12 @@ def _pull_segment(
         kept_a = kept_a + (_half(m, kept_b[t], kept_a[t], n, FIRST, KIND, eps, LANE),)
         kept_b = kept_b + (_half(m, kept_a[t + 1], kept_b[t], n, 1 - FIRST, KIND, eps, LANE),)
     end_dm, end_da, end_db = _pull_result(m, grad, kept_a[LENGTH], kept_b[LENGTH], n, FIRST, KIND, LANE)
-    dm = lines.pick(is_last, end_dm, dm, n * n, LANE)
-    da = lines.pick(is_last, end_da, da, n, LANE)
-    db = lines.pick(is_last, end_db, db, n, LANE)
+    if WHOLE:
+        dm, da, db = end_dm, end_da, end_db
+    else:
+        dm = lines.pick(is_last, end_dm, dm, n * n, LANE)
+        da = lines.pick(is_last, end_da, da, n, LANE)
+        db = lines.pick(is_last, end_db, db, n, LANE)
     for t in tl.static_range(LENGTH - 1, -1, -1):
         dm, more = _pull_half(m, dm, kept_b[t + 1], db, kept_a[t + 1], n, 1 - FIRST, KIND, LANE)
         da = lines.add(da, more, n, LANE)
@@ -335,22 +342,26 @@ def _pull_iterations(
     eps: tl.constexpr,
     LENGTH: tl.constexpr,
     LANE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Gradient of m through all full iterations."""
-    full = num_iters
-    if KIND == DAMPED:
-        full = num_iters - 1
     a, b = start(m, n, FIRST, KIND, eps, LANE)
-    dm, da, db = _pull_result(m, grad, a, b, n, FIRST, KIND, LANE)
-    segments = full // LENGTH
-    for k in range(segments):
-        dm, da, db = _pull_segment(
-            m, grad, dm, da, db, full - (k + 1) * LENGTH, k == 0, n, FIRST, KIND, eps, LENGTH, LANE
-        )
-    rest = full - segments * LENGTH
-    for k in range(rest):
-        is_last = (k == 0) & (segments == 0)
-        dm, da, db = _pull_segment(m, grad, dm, da, db, rest - 1 - k, is_last, n, FIRST, KIND, eps, 1, LANE)
+    if WHOLE:
+        dm, da, db = _pull_segment(m, grad, grad, a, b, 0, True, n, FIRST, KIND, eps, LENGTH, LANE, True)
+    else:
+        full = num_iters
+        if KIND == DAMPED:
+            full = num_iters - 1
+        dm, da, db = _pull_result(m, grad, a, b, n, FIRST, KIND, LANE)
+        segments = full // LENGTH
+        for k in range(segments):
+            dm, da, db = _pull_segment(
+                m, grad, dm, da, db, full - (k + 1) * LENGTH, k == 0, n, FIRST, KIND, eps, LENGTH, LANE
+            )
+        rest = full - segments * LENGTH
+        for k in range(rest):
+            is_last = (k == 0) & (segments == 0)
+            dm, da, db = _pull_segment(m, grad, dm, da, db, rest - 1 - k, is_last, n, FIRST, KIND, eps, 1, LANE)
     if KIND == DAMPED:
         ones = lines.constant(m, 1.0, n, FIRST, LANE)
         dm, _ = _pull_half(m, dm, b, db, ones, n, 1 - FIRST, KIND, LANE)
@@ -415,25 +426,28 @@ def sinkhorn_vjp(
     eps_start: tl.constexpr = 0.0,
     eps_den: tl.constexpr = 0.0,
     range_cap: tl.constexpr = None,
+    WHOLE: tl.constexpr = False,
 ):
     """Exact gradient of :func:`sinkhorn` with respect to the logits.
 
     LENGTH iterations are kept in registers at a time (2 n numbers each); earlier ones are replayed, so that any
     `num_iters` works: with T a multiple of LENGTH, T (T / LENGTH + 1) / 2 forward iterations are computed in all.
+    WHOLE: `num_iters` is LENGTH, known when compiling, and nothing is replayed.
     """
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
     masked = _masked_logits(logits, n, LANE)
     e = exponents(masked, n, FIRST, range_cap, LANE)
     if METHOD == DAMPED:
         soft, m = _damped_start(e, n, FIRST, eps_start, LANE)
-        dm = _pull_iterations(m, grad, num_iters, n, FIRST, DAMPED, eps_den, LENGTH, LANE)
+        dm = _pull_iterations(m, grad, num_iters, n, FIRST, DAMPED, eps_den, LENGTH, LANE, WHOLE)
         out = _pull_softmax(soft, dm, n, FIRST, LANE)
     else:
         m = lines.exponential(e, n, LANE)
-        out = lines.times(m, _pull_iterations(m, grad, num_iters, n, FIRST, KNOPP, 0.0, LENGTH, LANE), n, LANE)
+        dm = _pull_iterations(m, grad, num_iters, n, FIRST, KNOPP, 0.0, LENGTH, LANE, WHOLE)
+        out = lines.times(m, dm, n, LANE)
         wide = is_wide(lowest(e, n, LANE))
         if any_of(wide, LANE):
-            slow = _pull_iterations(e, grad, num_iters, n, FIRST, _LOG, 0.0, 1, LANE)
+            slow = _pull_iterations(e, grad, num_iters, n, FIRST, _LOG, 0.0, 1, LANE, False)
             out = lines.pick(wide, slow, out, n * n, LANE)
     if range_cap is not None:
         out = _pull_cap(masked, out, n, FIRST, range_cap, LANE)
