@@ -6,6 +6,8 @@
 ((2, 4, 4), True)
 """
 
+import importlib.metadata
+
 from birkhoff import adjoints, errors, parametrizations, precision, solvers
 from birkhoff._dispatch import explain
 from birkhoff._project import project, sinkhorn
@@ -14,6 +16,13 @@ from birkhoff.certificates import Certificate, certify, certify_product
 from birkhoff.decomposition import decompose, recompose
 from birkhoff.precision import Precision
 from birkhoff.rounding import round_to_polytope
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        return importlib.metadata.version("birkhoff-mhc")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Certificate",

@@ -1,13 +1,15 @@
-"""What every function asks of an array of matrices, in one place: real floating, and square in its last two axes."""
+"""What functions ask of their arguments, in one place: arrays of square matrices, solvers, counts, numbers."""
 
 from __future__ import annotations
 
+import numbers
+import operator
 from typing import Any
 
 from birkhoff import _xp
-from birkhoff.errors import DtypeError, OptionError, ShapeError
+from birkhoff.errors import ArrayTypeError, DtypeError, OptionError, ShapeError
 
-__all__ = ["check_solver", "matching_gradient", "square_matrices"]
+__all__ = ["as_count", "as_real", "check_solver", "matching_gradient", "square_matrices"]
 
 
 def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
@@ -17,6 +19,10 @@ def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
     whereas one that maps matrices to matrices returns the empty array.
     """
     xp = _xp.array_namespace(array)
+    if getattr(array, "is_sparse", False) or getattr(array, "is_sparse_csr", False):
+        raise ArrayTypeError(
+            f"{name} must be a dense array, got a sparse tensor; use to_dense(), or birkhoff.sparse with SciPy or CuPy"
+        )
     if not _xp.is_floating(array.dtype):
         raise DtypeError(
             f"{name} must be real floating (bfloat16, float16, float32, float64), got {_xp.dtype_name(array.dtype)}; "
@@ -46,3 +52,23 @@ def check_solver(solver: Any) -> None:
     """Raise for what is not a value of :mod:`birkhoff.solvers`, a class of them included."""
     if isinstance(solver, type) or not hasattr(solver, "method"):
         raise OptionError(f"solver must be a value of birkhoff.solvers, such as SinkhornKnopp(), got {solver!r}")
+
+
+def as_count(value: Any, name: str, *, least: int) -> int:
+    """An integer of any library as Python's own, or the error that says what is accepted."""
+    number = value
+    if not isinstance(value, int):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise OptionError(f"{name} must be an integer >= {least}, got {value!r}")
+    return int(number)
+
+
+def as_real(value: Any, name: str) -> float:
+    """A real number of any library as a Python float, or the error that names it."""
+    if isinstance(value, (float, int, numbers.Real)):
+        return float(value)
+    raise OptionError(f"{name} must be a number, got {value!r}")

@@ -85,8 +85,14 @@ def matrix(logits: Any, solver: Solver, precision: Precision | None = None, *, a
     """The matrix of :func:`project` alone: no status and no errors, so nothing reads the data of a fixed iteration."""
     xp = square_matrices(logits, "logits")
     if solver.tol is None or 0 in logits.shape:
-        return _fixed(logits, solver, xp, precision or DEFAULT, adjoint)
-    return _solve(logits, solver, xp, precision or DEFAULT, adjoint, None)[0]
+        return _fixed(logits, solver, xp, _settled(precision), adjoint)
+    return _solve(logits, solver, xp, _settled(precision), adjoint, None)[0]
+
+
+def _settled(precision: Precision | None) -> Precision:
+    if precision is not None and not isinstance(precision, Precision):
+        raise OptionError(f"precision must be None or a birkhoff.Precision, got {precision!r}")
+    return precision or DEFAULT
 
 
 def project(
@@ -159,9 +165,14 @@ def project(
     check_solver(method)
     if adjoint is not None and (isinstance(adjoint, type) or not hasattr(adjoint, "vjp")):
         raise OptionError(f"adjoint must be None or a value of birkhoff.adjoints, such as Implicit(), got {adjoint!r}")
-    if precision is not None and not isinstance(precision, Precision):
-        raise OptionError(f"precision must be None or a birkhoff.Precision, got {precision!r}")
-    precision = precision or DEFAULT
+    if adjoint is not None and not isinstance(adjoint, Implicit) and not hasattr(method, "trajectory"):
+        raise OptionError(
+            f"adjoint must be None or Implicit() for {type(method).__name__}, which is differentiated at its solution, "
+            f"got {adjoint!r}"
+        )
+    if trace is not None and not callable(trace):
+        raise OptionError(f"trace must be None or callable as trace(iteration, errors), got {trace!r}")
+    precision = _settled(precision)
     if finish not in _FINISHES:
         raise OptionError(f"finish must be one of {tuple(_FINISHES)}, got {finish!r}")
     settled = precision.resolve(logits.dtype)

@@ -127,8 +127,10 @@ def contiguous(array: Any) -> Any:
     """
     if hasattr(array, "contiguous"):
         return array.contiguous()
+    if isinstance(array, np.ndarray):
+        return np.ascontiguousarray(array)  # of the base class
     if hasattr(array, "flags"):
-        return array if array.flags.c_contiguous else array.copy()  # NumPy's and CuPy's copy is in C order
+        return array if array.flags.c_contiguous else array.copy()  # CuPy's copy is in C order
     xp = array_namespace(array)
     return xp.reshape(xp.reshape(array, (-1,)), array.shape)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _math, _xp
-from birkhoff._checks import square_matrices
+from birkhoff._checks import as_count, square_matrices
 from birkhoff.errors import OptionError, ShapeError
 
 __all__ = ["Certificate", "Provenance", "certify", "certify_product"]
@@ -191,7 +191,8 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
     :math:`P \ge 0`. (Exception: a finite matrix with at most one nonzero in each row and column, whose norm is known.)
     For signed matrices ``certify(abs(P))`` is valid, since :math:`\lVert P\rVert_2 \le \lVert\,|P|\,\rVert_2`.
 
-    Guarantee (claim ``certificate_holds``): holds for every stored input and every summation order, subnormal numbers included.
+    Guarantee (claim ``certificate_holds``): the bounds hold for every stored input and every summation order, subnormal
+    numbers included.
 
     Examples
     --------
@@ -259,7 +260,8 @@ def certify_product(
         layers = list(stack)
     elif getattr(stack, "ndim", 0) < 3:
         raise ShapeError(
-            f"stack must have shape (..., L, n, n), got {tuple(getattr(stack, 'shape', ()))}; certify takes one matrix"
+            f"stack must be a list of matrices or an array (..., L, n, n), got {type(stack).__name__} of shape "
+            f"{tuple(getattr(stack, 'shape', ()))}; certify takes one matrix"
         )
     else:
         layers = [stack[..., index, :, :] for index in range(stack.shape[-3])]
@@ -270,10 +272,8 @@ def _certify(layers: list[Any], num_steps: int, num_samples: int | None) -> Cert
     """Validate, move to float64 hardware, go through the batch in chunks."""
     if not layers:
         raise ShapeError("a product needs at least one factor, got an empty stack")
-    if num_steps < 0:
-        raise OptionError(f"num_steps must be at least 0, got {num_steps}")
-    if num_samples is not None and num_samples < 1:
-        raise OptionError(f"num_samples must be at least 1, got {num_samples}")
+    num_steps = as_count(num_steps, "num_steps", least=0)
+    num_samples = None if num_samples is None else as_count(num_samples, "num_samples", least=1)
     xp = _xp.array_namespace(*layers)
     shape = tuple(layers[0].shape)
     for layer in layers:

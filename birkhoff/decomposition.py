@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from birkhoff import _xp
-from birkhoff._checks import square_matrices
-from birkhoff.errors import MissingPackageError, ShapeError
+from birkhoff._checks import as_count, as_real, square_matrices
+from birkhoff.errors import DtypeError, MissingPackageError, NonFiniteError, OptionError, ShapeError
 from birkhoff.rounding import round_to_polytope
 
 __all__ = ["decompose", "recompose", "round_to_polytope"]
@@ -47,8 +47,8 @@ def decompose(matrix: Any, *, tol: float | None = None, max_terms: int | None = 
         If SciPy, whose bipartite matching is used, is not installed.
     ArrayTypeError, DtypeError
         If ``matrix`` is not an array, or not real floating.
-    ShapeError, ValueError
-        If the matrices are not square, ``n`` is 0, an entry is not finite, or ``max_terms`` is less than 1.
+    ShapeError, NonFiniteError, OptionError
+        If the matrices are not square or ``n`` is 0, an entry is not finite, or an option is out of its domain.
 
     Notes
     -----
@@ -69,14 +69,15 @@ def decompose(matrix: Any, *, tol: float | None = None, max_terms: int | None = 
            [0.25, 0.75]])
     """
     xp = square_matrices(matrix, "matrix", nonempty=True)
-    if max_terms is not None and max_terms < 1:
-        raise ValueError(f"max_terms must be at least 1, got {max_terms}")
+    max_terms = None if max_terms is None else as_count(max_terms, "max_terms", least=1)
+    if tol is not None and not 0.0 <= as_real(tol, "tol") < 1.0 / matrix.shape[-1]:
+        raise OptionError(f"tol must be at least 0 and below 1/n, where no permutation is left to take, got {tol!r}")
     n = matrix.shape[-1]
     if tol is None:
         tol = 8 * n * float(xp.finfo(matrix.dtype).eps) / 2
     host = np.asarray(_xp.to_numpy(matrix), dtype=np.float64)
     if not np.isfinite(host).all():
-        raise ValueError("matrix has entries that are not finite; decompose the finite matrices only")
+        raise NonFiniteError("matrix has entries that are not finite; decompose the finite matrices only")
     batch = host.shape[:-2]
     terms = [_peel(item, tol, max_terms) for item in round_to_polytope(host).reshape(-1, n, n)]
     longest = max((len(weights) for weights, _ in terms), default=1)
@@ -100,7 +101,8 @@ def recompose(weights: Any, permutations: Any) -> Any:
     weights : array, shape (..., k)
         Real floating. Convex weights give a doubly stochastic matrix; others are summed all the same.
     permutations : array of integers, shape (..., k, n)
-        ``permutations[..., t, i]`` is the column of row i; same library and device as ``weights``.
+        ``permutations[..., t, i]`` is the column of row i; same library and device as ``weights``. The values are not
+        looked at: a column outside 0 to n - 1 is nowhere, and adds nothing.
 
     Returns
     -------
@@ -110,7 +112,9 @@ def recompose(weights: Any, permutations: Any) -> Any:
     Raises
     ------
     ShapeError
-        If the number of terms differs.
+        If the number of terms or the batches differ.
+    DtypeError
+        If ``permutations`` are not integers.
 
     Examples
     --------
@@ -121,11 +125,13 @@ def recompose(weights: Any, permutations: Any) -> Any:
            [0.5, 0.5]])
     """
     xp = _xp.array_namespace(weights, permutations)
-    if permutations.ndim < 2 or weights.ndim < 1 or weights.shape[-1] != permutations.shape[-2]:
+    if permutations.ndim < 2 or tuple(weights.shape) != tuple(permutations.shape[:-1]):
         raise ShapeError(
-            f"weights (..., k) and permutations (..., k, n) must have as many terms, got {tuple(weights.shape)} and "
-            f"{tuple(permutations.shape)}"
+            f"weights (..., k) and permutations (..., k, n) must have as many terms in the same batch, got "
+            f"{tuple(weights.shape)} and {tuple(permutations.shape)}"
         )
+    if not xp.isdtype(permutations.dtype, "integral"):
+        raise DtypeError(f"permutations must be integers, got {_xp.dtype_name(permutations.dtype)}")
     n = permutations.shape[-1]
     columns = xp.arange(n, dtype=permutations.dtype, device=_xp.device(permutations))
     one_hot = permutations[..., None] == columns  # (..., k, n, n)
@@ -150,8 +156,6 @@ def _peel(matrix: np.ndarray, tol: float, max_terms: int | None) -> tuple[np.nda
         rest[rows, columns] = np.where(entries - weight > tol, entries - weight, 0.0)
         weights.append(weight)
         permutations.append(columns)
-    if not weights:  # every entry is within tol of zero: only possible when tol was chosen above 1/n
-        raise ValueError(f"tol={tol} drops every permutation; choose it below 1/n = {1 / n}")
     kept = np.asarray(weights)
     return kept / kept.sum(), np.stack(permutations)
 

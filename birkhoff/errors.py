@@ -13,6 +13,7 @@ __all__ = [
     "BirkhoffError",
     "DtypeError",
     "MissingPackageError",
+    "NonFiniteError",
     "OptionError",
     "ProjectionError",
     "ShapeError",
@@ -46,6 +47,10 @@ class ShapeError(BirkhoffError, ValueError):
 
 class OptionError(BirkhoffError, ValueError):
     """An option has a value outside its domain. The message lists the accepted ones."""
+
+
+class NonFiniteError(BirkhoffError, ValueError):
+    """The array holds NaN or infinite entries, which this function has no answer for."""
 
 
 class MissingPackageError(BirkhoffError, ImportError):

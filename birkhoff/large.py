@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _math, _xp
-from birkhoff._checks import square_matrices
+from birkhoff._checks import as_count, square_matrices
 from birkhoff._registry import Row, Table, installed
 from birkhoff._result import Projection, Status
 from birkhoff.errors import OptionError, ProjectionError
@@ -185,8 +185,7 @@ def project_large(
     (0, True)
     """
     xp = square_matrices(logits, "logits")
-    if num_iters < 1:
-        raise OptionError(f"num_iters must be at least 1, got {num_iters}")
+    num_iters = as_count(num_iters, "num_iters", least=1)
     if tol is not None and not tol > 0:
         raise OptionError(f"tol must be None or a number > 0, got {tol!r}")
     if first not in ("columns", "rows"):

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from birkhoff import _layout, _xp
-from birkhoff._checks import matching_gradient
+from birkhoff._checks import check_solver, matching_gradient
 from birkhoff._layout import Frame
 from birkhoff._registry import load
+from birkhoff.errors import OptionError
 from birkhoff.precision import DEFAULT, Precision
 
 __all__ = ["Unrolled", "unrolled_jvp", "unrolled_matrix", "unrolled_vjp", "unrolled_vjp_tangent"]
@@ -61,8 +62,15 @@ class Unrolled:
         ------
         ArrayTypeError, DtypeError, ShapeError
             For logits that :func:`birkhoff.project` refuses, and for arrays of different libraries or shapes.
+        OptionError
+            For what is not a solver, or one that converges (``Newton``, ``Euclidean``).
         """
         xp = matching_gradient(logits, grad_matrix)
+        check_solver(solver)
+        if not hasattr(solver, "trajectory"):
+            raise OptionError(
+                f"Unrolled: {type(solver).__name__} converges and has no iteration to run backwards; use Implicit()"
+            )
         if 0 in logits.shape:
             return xp.zeros_like(logits)
         n = logits.shape[-1]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
+from birkhoff._checks import as_count, as_real
 from birkhoff._layout import Frame
 from birkhoff.errors import OptionError
 
@@ -69,16 +71,19 @@ class TracedSolver(Solver, Protocol):
 
 
 def check_options(solver: Any) -> None:
-    """Raise :class:`OptionError` for values that no solver accepts; called at the end of construction."""
+    """Make numbers Python's own, and raise :class:`OptionError` for what no solver accepts; ends every construction."""
     name = type(solver).__name__
-    if not isinstance(solver.num_iters, int) or isinstance(solver.num_iters, bool) or solver.num_iters < 1:
-        raise OptionError(f"{name}: num_iters must be an integer >= 1, got {solver.num_iters!r}")
-    if solver.tol is not None and not solver.tol > 0:
+    object.__setattr__(solver, "num_iters", as_count(solver.num_iters, f"{name}: num_iters", least=1))
+    for option in ("tol", "range_cap", "relaxation", "eps_start", "eps_den"):
+        value = getattr(solver, option, None)
+        if value is not None and type(value) is not float:  # a scalar of an array library has another text
+            object.__setattr__(solver, option, as_real(value, f"{name}: {option}"))
+    if solver.tol is not None and not 0.0 < solver.tol < math.inf:
         raise OptionError(f"{name}: tol must be None (always run num_iters) or a number > 0, got {solver.tol!r}")
     if solver.first not in ("columns", "rows"):
         raise OptionError(f"{name}: first must be 'columns' or 'rows', got {solver.first!r}")
     range_cap = getattr(solver, "range_cap", None)
-    if range_cap is not None and not range_cap > 0:
+    if range_cap is not None and not 0.0 < range_cap < math.inf:
         raise OptionError(f"{name}: range_cap must be None or a number > 0, got {range_cap!r}")
     object.__setattr__(solver, "_text", _write(solver))  # written once: a tracer may turn the numbers into symbols
 

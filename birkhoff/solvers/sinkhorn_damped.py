@@ -8,6 +8,7 @@ by up to 0.03 at logit standard deviation 3. Use it to reproduce models that wer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -72,7 +73,7 @@ class SinkhornDamped:
     def __post_init__(self) -> None:
         check_options(self)
         for name in ("eps_start", "eps_den"):
-            if not getattr(self, name) >= 0.0:
+            if not 0.0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"SinkhornDamped: {name} must be >= 0, got {getattr(self, name)!r}")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import birkhoff
 from birkhoff import _xp
 from proofs import strategies
 
@@ -26,3 +27,14 @@ def test_an_evenly_strided_torch_stack_is_copied(n: int) -> None:
         result = _xp.contiguous(stack)
         as_a_kernel_reads = torch.as_strided(result, (stack.numel(),), (1,))
         assert torch.equal(as_a_kernel_reads, torch.flatten(stack.clone(memory_format=torch.contiguous_format)))
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+def test_a_subclass_of_ndarray_gives_a_plain_array(batch: int) -> None:
+    class Labelled(np.ndarray):
+        pass
+
+    values = np.random.default_rng(0).standard_normal((batch, 3, 3))
+    for solver in (birkhoff.solvers.SinkhornKnopp(), birkhoff.solvers.Newton()):
+        result = birkhoff.project(values.view(Labelled), solver).matrix
+        assert type(result) is np.ndarray and np.array_equal(result, birkhoff.project(values, solver).matrix)

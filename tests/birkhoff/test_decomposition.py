@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import birkhoff
-from birkhoff.errors import ShapeError
+from birkhoff.errors import DtypeError, OptionError, ShapeError
 from tests.backends import BACKENDS, Backend, to_numpy
 
 
@@ -110,8 +110,15 @@ def test_misuse() -> None:
         birkhoff.decompose(np.eye(2), max_terms=0)
     with pytest.raises(ValueError, match="below 1/n"):
         birkhoff.decompose(np.full((2, 2), 0.5), tol=0.9)
+    for tol in (-1e-9, float("nan"), "0"):
+        with pytest.raises(OptionError, match="tol must be"):
+            birkhoff.decompose(np.eye(2), tol=tol)
     with pytest.raises(ShapeError, match="as many terms"):
         birkhoff.recompose(np.ones(3), np.zeros((2, 4), dtype=int))
+    with pytest.raises(ShapeError, match="same batch"):
+        birkhoff.recompose(np.ones((2, 2)), np.zeros((3, 2, 4), dtype=int))
+    with pytest.raises(DtypeError, match="integers, got float64"):
+        birkhoff.recompose(np.ones(2), np.zeros((2, 4)))
 
 
 def test_empty_batch() -> None:

@@ -15,6 +15,7 @@ from birkhoff.diagnostics import diagnose
 from birkhoff.large import project_large
 from birkhoff.rounding import round_to_nonexpansive
 from birkhoff.solvers import Euclidean, Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog
+from birkhoff.solvers.protocol import from_text, to_text
 from tests.backends import BACKENDS, Backend
 
 FRONT_DOORS = [birkhoff.sinkhorn, birkhoff.project]
@@ -77,6 +78,51 @@ def test_options_outside_their_domain(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("kind", [SinkhornKnopp, SinkhornLog, SinkhornDamped, Newton, Euclidean])
+def test_numbers_of_array_libraries_become_python_s(kind: Any) -> None:
+    solver = kind(num_iters=np.int64(7), tol=np.float64(0.5))
+    assert (type(solver.num_iters), type(solver.tol)) == (int, float)
+    assert solver == kind(num_iters=7, tol=0.5) and from_text(to_text(solver)) == solver
+    assert kind(tol=1) == kind(tol=1.0) and type(kind(tol=1).tol) is float
+    for bad in (float("inf"), float("nan"), "1e-3", 1j, -1):
+        with pytest.raises(errors.OptionError, match="tol must be"):
+            kind(tol=bad)
+    with pytest.raises(errors.OptionError, match="num_iters must be an integer >= 1"):
+        kind(num_iters=5.0)
+
+
+def test_numbers_of_array_libraries_work_on_torch() -> None:
+    torch = pytest.importorskip("torch")
+    solver = SinkhornDamped(eps_den=np.float64(1e-3), eps_start=np.float32(0.5), range_cap=np.int64(3))
+    assert birkhoff.project(torch.eye(2), solver).matrix.shape == (2, 2)
+    for options in ({"eps_den": float("inf")}, {"eps_start": float("nan")}, {"range_cap": float("inf")}):
+        with pytest.raises(errors.OptionError, match=next(iter(options))):
+            SinkhornDamped(**options)
+    assert birkhoff.project(torch.eye(2), SinkhornLog(relaxation=np.float64(1.25))).matrix.shape == (2, 2)
+
+
+def test_a_sparse_tensor_is_refused_with_what_to_do() -> None:
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch: the CSR layout is in beta state
+        for sparse in (torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr()):
+            with pytest.raises(errors.ArrayTypeError, match=r"dense array, got a sparse tensor; use to_dense\(\)"):
+                birkhoff.sinkhorn(sparse)
+
+
+def test_gradient_rules_that_do_not_fit_their_solver() -> None:
+    square = np.eye(2)
+    for solver in (Newton(), Euclidean()):
+        with pytest.raises(errors.OptionError, match="converges and has no iteration"):
+            birkhoff.adjoints.Unrolled().vjp(square, square, solver)
+        with pytest.raises(errors.OptionError, match=r"adjoint must be None or Implicit\(\)"):
+            birkhoff.project(square, solver, adjoint=birkhoff.adjoints.Unrolled())
+        assert birkhoff.project(square, solver, adjoint=birkhoff.adjoints.Implicit()).matrix.shape == (2, 2)
+    for adjoint in (birkhoff.adjoints.Unrolled(), birkhoff.adjoints.Implicit()):
+        with pytest.raises(errors.OptionError, match="solver must be"):
+            adjoint.vjp(square, square, SinkhornLog)
+
+
 def test_options_are_keywords() -> None:
     with pytest.raises(TypeError):
         SinkhornKnopp(20)
@@ -117,7 +163,11 @@ def test_every_error_is_documented_and_one_family() -> None:
 
 def test_options_of_the_wrong_kind_are_named() -> None:
     logits, kind = np.zeros((2, 2)), birkhoff.solvers.SinkhornLog
-    for option in ({"solver": kind}, {"solver": "log"}, {"adjoint": "implicit"}, {"precision": "float32"}):
+    with pytest.raises(birkhoff.errors.OptionError, match="precision must be"):
+        birkhoff.sinkhorn(logits, precision="float32")  # type: ignore[arg-type]
+    for option in (
+        {"solver": kind}, {"solver": "log"}, {"adjoint": "implicit"}, {"precision": "float32"}, {"trace": 3},
+    ):  # fmt: skip
         with pytest.raises(birkhoff.errors.OptionError, match=next(iter(option)) + " must be"):
             birkhoff.project(logits, **option)  # type: ignore[arg-type]
     with pytest.raises(birkhoff.errors.ArrayTypeError, match="list"):
