@@ -6,24 +6,44 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
+from torch.nn import Parameter
 
 __all__ = ["apply", "batched", "register"]
 
 _LIBRARY = torch.library.Library("mhc_layers", "FRAGMENT")
 
 
-def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register an operator of this package from its Python implementation and its fake.
+#: Types of the arguments of a call that no tensor subclass takes part in.
+_PLAIN = frozenset((Tensor, Parameter, type(None), str, bool, float, int))
+
+
+def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an operator of this package from its Python implementation and its fake, and return what calls it.
 
     No autograd kernel: the callers are Functions. One implementation serves every device, because the leaves choose.
+    The dispatcher would take longer than a launch, so it is asked only where somebody could be listening: modes,
+    subclasses, transforms, the compiler, a profiler.
     """
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mhc_layers::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.mhc_layers, name).default
+    operator = getattr(torch.ops.mhc_layers, name).default
+
+    def call(*args: Any) -> Any:
+        unheard = (
+            not torch.compiler.is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+            and not torch._C._are_functorch_transforms_active()
+            and not torch.autograd._profiler_enabled()
+            and _PLAIN.issuperset(map(type, args))
+        )
+        return function(*args) if unheard else operator(*args)
+
+    return call
 
 
 def apply(function: type[Function], *args: Any) -> Any:

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, reference
-from mhc_layers._boundary_ops import BOUNDARY_BACKWARD, BOUNDARY_FORWARD, boundary
+from mhc_layers._boundary_ops import boundary
 from mhc_layers._fused_state import FusedState, SiteParams
 from mhc_layers._torch_ops import Post, Pre, fused_site
 from mhc_layers.conventions import Convention
 from mhc_layers.kernels.options import options_key
 
 FUSED = fused_site(PAPER)
+OPS = torch.ops.mhc_layers
 CONVENTIONS = [PAPER, DEEPSEEK_V4, DEEPSEEK_V41]
 
 
@@ -134,11 +135,11 @@ def test_operators_pass_opcheck() -> None:
     after, options = SiteParams.of(sites[1]), options_key(PAPER)
     detached = [tensor.detach() for tensor in (x, f, state.coef, *after)]
     forward = (*detached, options, False)
-    torch.library.opcheck(BOUNDARY_FORWARD, forward)
-    x_next, u, coef, proj, rstd, _ = BOUNDARY_FORWARD(*forward)
+    torch.library.opcheck(OPS.boundary_forward.default, forward)
+    x_next, u, coef, proj, rstd, _ = OPS.boundary_forward.default(*forward)
     before = (state.proj, *(tensor.detach() for tensor in (state.params.bias, state.params.alpha_post)), options)
     saved = (x.detach(), f.detach(), None, *before, x_next, proj, rstd, *detached[3:], options)
-    torch.library.opcheck(BOUNDARY_BACKWARD, (None, u, torch.zeros_like(coef), x_next, *saved))
+    torch.library.opcheck(OPS.boundary_backward.default, (None, u, torch.zeros_like(coef), x_next, *saved))
 
 
 def test_vmap_over_tokens() -> None:

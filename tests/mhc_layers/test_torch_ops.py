@@ -16,7 +16,7 @@ from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, Transf
 from mhc_layers._fused_state import FusedState
 from mhc_layers._registry import facts_of, refuse_fused
 from mhc_layers._sites import FUNCTIONAL
-from mhc_layers._torch_ops import Post, Pre, fused_site
+from mhc_layers._torch_ops import PRE_FORWARD, Post, Pre, fused_site
 from mhc_layers.kernels.options import options_key
 
 CONVENTIONS = {"paper": PAPER, "v4": DEEPSEEK_V4}
@@ -243,6 +243,27 @@ def test_checkpoint_policy_sees_the_operators() -> None:
     (expected,) = torch.autograd.grad(fused(x).square().sum(), x)
     torch.testing.assert_close(grad, expected)
     assert {OPS.pre_forward.default, OPS.post_forward.default} <= set(seen)
+
+
+class Recorded(Tensor):
+    """A subclass that notes the operators which are called with it."""
+
+    seen: list[str] = []  # noqa: RUF012 - of all instances
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(str(func))
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_subclass_sees_the_operators() -> None:
+    """Without anybody to see it the implementation is called directly; a subclass, a mode and a profiler do see it."""
+    (x, *_), params = problem(3, 4, dtype=torch.float32)
+    watched = torch.Tensor._make_subclass(Recorded, x)
+    with torch.no_grad():
+        PRE_FORWARD(watched, *params, None, options_key(PAPER))
+    assert "mhc_layers.pre_forward.default" in Recorded.seen
 
 
 def test_flops_are_counted() -> None:

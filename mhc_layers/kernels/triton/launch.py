@@ -1,22 +1,19 @@
 """Launch a Triton kernel with little work on the host.
 
 ``kernel[grid](...)`` inspects every argument of every call. The kernels of this package are specialised by dtypes and
-compile-time constants only, so what a launch needs beyond the addresses is prepared once for a shape, and a call
-packs the addresses and calls the driver. Pointers that are not aligned to 16 bytes, and the interpreter, take Triton's
-own way.
+compile-time constants only, so what a launch needs beyond the addresses is prepared once for a shape, and a call goes
+straight to the compiled kernel's launcher, with addresses as integers. Pointers that are not aligned to 16 bytes, and
+the interpreter, take Triton's own way.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-
-from birkhoff.kernels.cuda.launcher import PreparedLaunch
 
 __all__ = ["Chain", "Launch", "launch"]
 
@@ -26,11 +23,8 @@ _PREPARED: dict[tuple[Any, ...], Launch] = {}
 #: The same bits from every Triton version: the default of contraction to fused multiply-adds changes.
 _OPTIONS = {"enable_fp_fusion": True}
 
-#: Addresses that Triton adds after a kernel's own parameters (scratch memory, none here); their number has grown.
-_SCRATCH_WORDS = 4
-
-#: Launches on a stream, given the addresses.
-Start = Callable[[Sequence[int], int], None]
+#: Launches, given the stream and the addresses.
+Start = Callable[..., None]
 
 _address = torch.Tensor.data_ptr
 _dtype = operator.attrgetter("dtype")
@@ -73,7 +67,7 @@ class Launch:
         if ready is not None and not functools.reduce(operator.or_, addresses) & 15:
             expected, index, start = ready
             if dtypes == expected and tensors[0].get_device() == index == torch.cuda.current_device():
-                start(addresses, torch._C._cuda_getCurrentRawStream(index))
+                start(torch._C._cuda_getCurrentRawStream(index), *addresses)
                 return
         self._first(tensors, dtypes, addresses)
 
@@ -101,32 +95,20 @@ class Launch:
             if plain or compiled is None:
                 return
             _COMPILED[key] = compiled
-            self._ready = (dtypes, index, self._start(compiled, len(tensors)))
+            self._ready = (dtypes, index, self._start(compiled))
             return
-        start = self._start(compiled, len(tensors))
+        start = self._start(compiled)
         self._ready = (dtypes, index, start)
-        start(addresses, torch._C._cuda_getCurrentRawStream(index))
+        start(torch._C._cuda_getCurrentRawStream(index), *addresses)
 
-    def _start(self, compiled: Any, num_pointers: int) -> Start:
-        return self._driver_start(compiled, num_pointers) or self._triton_start(compiled)
+    def _start(self, compiled: Any) -> Start:
+        """Triton's launcher, with everything but the stream and the addresses filled in."""
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        x, y, z = (*self._grid, 1, 1)[:3]
+        rest = (*self._scalars, *self._constants.values())
 
-    def _driver_start(self, compiled: Any, num_pointers: int) -> Start | None:
-        """One call of the driver, where the kernel is an ordinary one of CUDA."""
-        metadata = compiled.metadata
-        special = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
-        if torch.version.hip is not None or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
-            return None
-        scalars = [np.int32(s) if isinstance(s, int) else np.float32(s) for s in self._scalars]
-        arguments = [*[None] * num_pointers, *scalars, *[np.int64(0)] * _SCRATCH_WORDS]
-        threads = 32 * metadata.num_warps
-        return PreparedLaunch(compiled.function, self._grid, (threads,), arguments, metadata.shared)
-
-    def _triton_start(self, compiled: Any) -> Start:
-        grid = (*self._grid, 1, 1)[:3]
-        values = (*self._scalars, *self._constants.values())
-
-        def start(addresses: Sequence[int], stream: int) -> None:
-            compiled[grid](*addresses, *values, stream=stream)
+        def start(stream: int, *addresses: int) -> None:
+            run(x, y, z, stream, function, metadata, None, None, None, *addresses, *rest)
 
         return start
 
