@@ -71,6 +71,7 @@ def test_segments_of_the_backward(rng: np.random.Generator, num_iters: int) -> N
 @pytest.mark.parametrize("n", [2, 4, 5])
 def test_damped(rng: np.random.Generator, n: int, first: str) -> None:
     check(rng, n, 3.0, method="damped", first=first, **EPS)
+    check(rng, n, 3.0, method="damped", first=first, num_iters=4, eps_start=0.1, eps_den=0.05)  # every term counts
 
 
 @pytest.mark.parametrize("n", [3, 4, 6])
@@ -104,15 +105,16 @@ def test_vertices() -> None:
 
 @pytest.mark.parametrize("n", [4, 5])
 def test_bad_neighbours_and_exact_zeros(rng: np.random.Generator, n: int) -> None:
-    logits = torch.tensor(rng.normal(size=(6, n, n)), dtype=torch.float32)
+    logits = torch.tensor(rng.normal(size=(7, n, n)), dtype=torch.float32)
     logits[1, 0, 1] = torch.nan
     logits[2, 2, 2] = torch.inf
     logits[3, 1, 2] = -torch.inf
     logits[4, :, 1] = -torch.inf  # a line of zeros stays
+    logits[6, 1, :] = -torch.inf
     options = {"method": "knopp", "num_iters": 5, "first": "columns"}
     matrix = sinkhorn.sinkhorn_forward(logits, **options)
     assert matrix[1].isnan().all() and matrix[2].isnan().any()
-    good = [0, 3, 4, 5]
+    good = [0, 3, 4, 5, 6]
     np.testing.assert_allclose(
         matrix[good].numpy(), expected(logits[good].double().numpy(), **options), rtol=0, atol=1e-6
     )

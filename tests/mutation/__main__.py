@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--module", action="append", help="only these modules")
     parser.add_argument("--records", type=Path, default=Path("mutation.jsonl"), help="default mutation.jsonl")
+    parser.add_argument("--part", default="0/1", help="i/k: every k-th mutant from the i-th on, for several processes")
     parser.add_argument("--again", action="store_true", help="try survivors again that are not argued equivalent")
     parser.add_argument("--effort", type=int, default=10, help="stacks of examples for each claim")
     parser.add_argument("--floor", type=float, default=0.95, help="the share that must be rejected (default 0.95)")
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             skip -= {key for key, verdict in verdicts.items() if verdict == "survived"}
         wanted = [mutant for mutant in found if (target.module, mutant.identity) not in skip]
         wanted = [mutant for mutant in wanted if not (options.again and _argued(target, mutant))]
+        first, step = (int(number) for number in options.part.split("/"))
+        wanted = wanted[first::step]
         try:
             if wanted and len(chosen) == 1:
                 _try_module(target, wanted, effort, options.records)

@@ -179,9 +179,9 @@ def is_rejected(mutant: KernelMutant) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every mutant was rejected."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.kernels")
-    parser.add_argument("--only", default="", help="mutants of files whose path holds this")
+    parser.add_argument("--only", default="", help="mutants whose path or text holds this")
     options = parser.parse_args(arguments)
-    chosen = [mutant for mutant in KERNEL_MUTANTS if options.only in mutant.path]
+    chosen = [mutant for mutant in KERNEL_MUTANTS if options.only in f"{mutant.path}: {mutant.before}"]
     left = []
     for mutant in chosen:
         rejected = is_rejected(mutant)
