@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import copy_rate, free, machine
+from benchmarks.device import command, copy_rate, free, machine
 from benchmarks.layer_kernels import measure_kernels
 from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows, survives
 from benchmarks.layer_peers import PEERS, Peer
@@ -152,9 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     else:
         report = {"machine": machine(PACKAGES, arguments.commit), "streams": arguments.streams, "shapes": []}
-        report["command"] = shlex.join(
-            ["python", "-m", "benchmarks", "layer", *(sys.argv[1:] if argv is None else argv)]
-        )
+        report["command"] = command("layer", sys.argv[1:] if argv is None else argv)
         start = time.monotonic()
         if arguments.jobs:
             commands = _jobs(arguments.shapes, arguments.streams, names)

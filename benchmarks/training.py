@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import copy_rate, free, machine, time_calls
+from benchmarks.device import command, copy_rate, free, machine, time_calls
 from benchmarks.layer import PACKAGES
 from benchmarks.layer_measure import floors, survives
 from benchmarks.training_report import markdown, plot
@@ -288,9 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         report = {"machine": machine(PACKAGES, arguments.commit), "widths": []}
         report |= {"layers": arguments.layers, "batch": arguments.batch, "sequence": arguments.sequence}
-        report["command"] = shlex.join(
-            ["python", "-m", "benchmarks", "training", *(sys.argv[1:] if argv is None else argv)]
-        )
+        report["command"] = command("training", sys.argv[1:] if argv is None else argv)
         start = time.monotonic()
         if arguments.jobs:
             options = ["--layers", "--batch", "--sequence"]

@@ -125,7 +125,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         left.set_xscale("symlog", linthresh=20)
         left.set_xlabel("step over the residual's, %")
         left.set_title(f"C = {width['dim']}")
-        left.legend(loc="lower right", fontsize=8)
+        left.legend(loc="upper right", fontsize=8)
         bars = right.barh(names, [row["kept_bytes"] / 1e9 for row in timed], color="#55a868")
         right.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         right.set_yticks(range(len(names)), [""] * len(names))

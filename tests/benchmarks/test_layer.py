@@ -77,6 +77,11 @@ def test_a_job_that_fails_or_is_late_is_counted_and_not_raised() -> None:
     assert ahead.compile_ahead([["--help"]], 1, -1.0).startswith("0 of 1 jobs")
 
 
+def test_a_report_names_its_command_without_its_files() -> None:
+    arguments = ["--shapes", "16x8", "--json", "/some/where", "--chain", "0", "--commit=abc", "--plot", "p.svg"]
+    assert device.command("layer", arguments) == "python -m benchmarks layer --shapes 16x8 --chain 0"
+
+
 def test_what_is_not_reproducible_is_seen() -> None:
     class Drifting:
         def __init__(self) -> None:
