@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> int:
         gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
         left = arguments.seconds - (time.monotonic() - start)
         run(arguments.shapes, arguments.streams, names, arguments.chain, left, report, save)
-        if arguments.kernels:
-            for shape in report["shapes"]:
+        for shape in report["shapes"] if arguments.kernels else []:
+            if time.monotonic() - start < arguments.seconds:
                 shape["kernels"] = measure_kernels(shape["tokens"], arguments.streams, shape["dim"])
                 save()
     text = markdown(report)

@@ -25,10 +25,12 @@ def streams_moved(n: int) -> dict[str, int | None]:
         "project": n,
         "finish": None,
         "read_forward": n + 1,
+        "read_norm_forward": n + 1,
         "write_forward": 2 * n + 1,
         "boundary_forward": 2 * n + 1,
         "write_backward": 2 * n + 2,
         "read_backward": n + 1,
+        "read_norm_backward": n + 2,
         "finish_backward": None,
         "streams_backward": 3 * n + 1,
         "streams_backward_chained": 4 * n + 3,
@@ -47,6 +49,8 @@ class Leaves:
         self.options, self.k = site_options(options_key(PAPER)), n * c
         self.slabs, self.squares = self.project()
         self.coef, self.proj, self.rstd = self.finish()
+        self.gain = self.bias.new_ones(c)
+        _, self.inverse = self.read_norm_forward()
         self.df, self.dcoef = self.write_backward()
         self.dots = self.read_backward()
         self.mix, self.dz, self.partials = self.finish_backward()
@@ -62,6 +66,9 @@ class Leaves:
     def read_forward(self) -> Any:
         return leaf("read_forward", self.x)(self.x, self.coef)
 
+    def read_norm_forward(self) -> Any:
+        return leaf("read_norm_forward", self.x)(self.x, self.coef, self.gain, 1e-6)
+
     def write_forward(self) -> Any:
         return leaf("write_forward", self.x)(self.x, self.f, self.coef)
 
@@ -74,6 +81,10 @@ class Leaves:
 
     def read_backward(self) -> Any:
         return leaf("read_backward", self.x)(self.gu, self.x)
+
+    def read_norm_backward(self) -> Any:
+        before = (self.gain, self.inverse, self.proj, self.alphas[0], self.bias, self.options)
+        return leaf("read_norm_backward", self.x)(self.gu, self.x, *before)
 
     def finish_backward(self) -> Any:
         coefficients = (self.proj, self.rstd, self.dcoef, self.dots, self.alphas, self.bias)
