@@ -6,6 +6,7 @@ read with another number of processes, or by one process without a group. Nothin
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-__all__ = ["load_shards", "save_shards"]
+__all__ = ["hash_shards", "load_shards", "read_shards", "save_shards", "stored_shapes", "wait_for_all"]
 
 
 def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -39,16 +41,17 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     if _is_main():
         shutil.rmtree(part, ignore_errors=True)
         part.parent.mkdir(parents=True, exist_ok=True)
-    _wait()
-    dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=str(part))
-    _wait()
+    wait_for_all()
+    alone = not dist.is_initialized()
+    dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=str(part), no_dist=alone)
+    wait_for_all()
     if _is_main():
         os.replace(part, folder)
-    _wait()
+    wait_for_all()
 
 
 def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read named tensors in place, whatever number of processes wrote them.
+    """Read named tensors in place, whatever number of processes wrote them; all processes must call it.
 
     Parameters
     ----------
@@ -62,16 +65,81 @@ def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     FileNotFoundError
         If there is no such folder.
     """
+    _check_folder(folder)
+    with torch.no_grad():
+        values = {name: tensor.detach() for name, tensor in tensors.items()}
+        dcp.load(values, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """Read everything as whole tensors on the CPU; no other process takes part.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    """
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored_shapes(folder).items()}
+    dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
+    return tensors
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape and dtype of every whole tensor in a folder of shards, by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    """
+    _check_folder(folder)
+    entries = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: (entry.size, entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def hash_shards(folder: Path, *, together: bool = True) -> dict[str, str]:
+    """Return the SHA-256 of every file of a folder of shards, by file name.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        What :func:`save_shards` wrote.
+    together : bool
+        Share the files among the processes of the group, if there is one; all of them must call it then.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    """
+    _check_folder(folder)
+    together = together and dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    hashes = {}
+    for path in sorted(folder.iterdir())[rank::size]:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if not together:
+        return hashes
+    parts: list[dict[str, str]] = [{} for _ in range(size)]
+    dist.all_gather_object(parts, hashes)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def wait_for_all() -> None:
+    """Return when every process of the group, if there is one, has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no sharded checkpoint {folder}")
-    with torch.no_grad():
-        dcp.load({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=str(folder))
 
 
 def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -2,8 +2,13 @@
 
 A checkpoint is a folder ``step_00000200`` with ``model.safetensors`` (parameters), ``optimizer.safetensors`` (moments
 and random-number states) and ``state.json`` (format, step, configuration, hashes of the other files). It is written
-under a temporary name, flushed to the disk and renamed, so a folder with a final name is complete. Nothing is
-pickled: loading a checkpoint cannot run code.
+under a temporary name, flushed to the disk and renamed, so a folder with a final name is complete. Nothing in it is
+pickled: loading such a checkpoint cannot run code.
+
+A run whose parameters are sharded writes a *sharded* checkpoint: ``shards/`` (parameters and moments, each process its
+part, see :mod:`mhc_layers.parallel.sharded_checkpoint`) and ``random.safetensors`` in place of the two files. The index
+of the shards is a pickle (the format of :mod:`torch.distributed.checkpoint`): load sharded checkpoints only from people
+you trust.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ import os
 import platform
 import random
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +31,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mhc_layers.parallel.mesh import World
+from mhc_layers.parallel.sharded_checkpoint import (
+    hash_shards,
+    load_shards,
+    read_shards,
+    save_shards,
+    stored_shapes,
+    wait_for_all,
+)
 from mhc_layers.training.errors import CheckpointError
 
 __all__ = [
@@ -35,7 +51,9 @@ __all__ = [
     "load_parameters",
     "random_state",
     "restore_random_state",
+    "restore_shards",
     "save_checkpoint",
+    "save_sharded_checkpoint",
     "write_atomically",
 ]
 
@@ -44,6 +62,7 @@ FORMAT = 1
 
 _PREFIX = "step_"
 _STATE = "state.json"
+_SHARDS = "shards"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +85,8 @@ class Checkpoint:
         States of the random generators.
     path : pathlib.Path, optional
         The folder it was read from.
+    shards : dict of str to str, optional
+        Hashes of the shards that hold model and optimizer, if they are there and were not read.
     """
 
     step: int
@@ -76,6 +97,7 @@ class Checkpoint:
     corpus: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Tensor] = field(default_factory=dict)
     path: Path | None = None
+    shards: dict[str, str] | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int | None = None) -> Path:
@@ -97,56 +119,65 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int | None = 
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{checkpoint.step:08d}"
-    part = folder / f".{final.name}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        files = {
-            "model.safetensors": checkpoint.model,
-            "optimizer.safetensors": {
-                **{f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()},
-                **{f"random/{name}": tensor for name, tensor in checkpoint.random.items()},
-            },
-        }
-        hashes = {}
-        for name, tensors in files.items():
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part / name)
-            _flush(part / name)
-            hashes[name] = _sha256(part / name)
-        state = {
-            "format": FORMAT,
-            "step": checkpoint.step,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "config": checkpoint.config,
-            "progress": checkpoint.progress,
-            "corpus": checkpoint.corpus,
-            "sha256": hashes,
-        }
-        (part / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        _flush(part / _STATE)
-        if final.exists():
-            old = folder / f".{final.name}.{os.getpid()}.old"
-            os.replace(final, old)
-            os.replace(part, final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(part, final)
-        _flush(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    if keep is not None:
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    files = {
+        "model.safetensors": checkpoint.model,
+        "optimizer.safetensors": {
+            **{f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()},
+            **{f"random/{name}": tensor for name, tensor in checkpoint.random.items()},
+        },
+    }
+    with _completed(final, folder / f".{final.name}.{os.getpid()}.part", keep) as part:
+        part.mkdir()
+        _write_files(part, files, checkpoint)
     return final
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def save_sharded_checkpoint(folder: Path, checkpoint: Checkpoint, world: World, *, keep: int | None = None) -> Path:
+    """Write a checkpoint of which every process holds a part; all processes must call it.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The folder of a run's checkpoints, on a file system that all processes see.
+    checkpoint : Checkpoint
+        What to write. ``model`` and ``optimizer`` hold this process's sharded tensors; the rest is the main process's.
+    world : World
+        This process among all.
+    keep : int, optional
+        Newest checkpoints to keep; all by default.
+
+    Returns
+    -------
+    pathlib.Path
+        The new checkpoint's folder, complete on return.
+    """
+    final = folder / f"{_PREFIX}{checkpoint.step:08d}"
+    part = folder / f".{final.name}.part"
+    tensors = {f"model/{name}": tensor for name, tensor in checkpoint.model.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()}
+    if world.is_main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    wait_for_all()
+    save_shards(part / _SHARDS, tensors)
+    hashes = hash_shards(part / _SHARDS)
+    if world.is_main:
+        with _completed(final, part, keep):
+            random = {f"random/{name}": tensor for name, tensor in checkpoint.random.items()}
+            _write_files(part, {"random.safetensors": random}, checkpoint, shards=hashes)
+    wait_for_all()
+    return final
+
+
+def load_checkpoint(path: Path, *, read_sharded: bool = True) -> Checkpoint:
     """Read a checkpoint and check it against its hashes.
 
     Parameters
     ----------
     path : pathlib.Path
         A checkpoint folder, a run directory or its ``checkpoints`` folder (then the newest one is taken).
+    read_sharded : bool
+        Read the shards of a sharded checkpoint, as whole tensors. Otherwise they are left to :func:`restore_shards`.
 
     Returns
     -------
@@ -160,12 +191,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     path = find_checkpoint(path)
     try:
-        return _read(path)
+        return _read(path, read_sharded)
     except CheckpointError as error:
         for other in reversed(list_checkpoints(path.parent)):
             if other != path:
                 try:
-                    _read(other)
+                    _read(other, True)
                 except CheckpointError:
                     continue
                 raise CheckpointError(f"{error}. The checkpoint {other} is intact: give its path instead") from error
@@ -208,21 +239,68 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         If names or shapes differ; the message lists the first ones.
     """
     parameters = dict(model.named_parameters())
-    missing, unknown = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    _check_names({name: tensor.shape for name, tensor in tensors.items()}, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _check_names(stored: dict[str, torch.Size], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint whose names or shapes are not those of the parameters."""
+    missing, unknown = sorted(set(parameters) - set(stored)), sorted(set(stored) - set(parameters))
     if missing or unknown:
         raise CheckpointError(
             f"the checkpoint is of another model: {len(missing)} parameters are missing {missing[:3]}, "
             f"{len(unknown)} are unknown {unknown[:3]}. Build the model from the checkpoint's own configuration"
         )
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
+        if parameter.shape != stored[name]:
             raise CheckpointError(
-                f"the parameter {name} has shape {tuple(tensors[name].shape)} in the checkpoint and "
+                f"the parameter {name} has shape {tuple(stored[name])} in the checkpoint and "
                 f"{tuple(parameter.shape)} in the model. Build the model from the checkpoint's own configuration"
             )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+
+
+def restore_shards(
+    checkpoint: Checkpoint, parameters: dict[str, Tensor], *, in_place: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read the parameters and the optimizer state of a sharded checkpoint; all processes must call it.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Read with ``read_sharded=False``.
+    parameters : dict of str to torch.Tensor
+        This process's parameters, whole or sharded.
+    in_place : bool
+        Read each process's part only, straight into ``parameters`` and into optimizer state that is sharded like them.
+        Otherwise everything is read as whole tensors on the CPU.
+
+    Returns
+    -------
+    model, optimizer : dict of str to torch.Tensor
+        Named parameters; named optimizer state.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is damaged, or the checkpoint is of another model.
+    """
+    folder = (checkpoint.path or Path()) / _SHARDS
+    _check_shards(folder, checkpoint.shards or {}, hash_shards(folder))
+    if not in_place:
+        return _split_groups(read_shards(folder))
+    shapes = stored_shapes(folder)
+    stored = {name.removeprefix("model/"): shape for name, (shape, _) in shapes.items() if name.startswith("model/")}
+    _check_names(stored, parameters)
+    tensors = {f"model/{name}": tensor for name, tensor in parameters.items()}
+    for name, (shape, dtype) in shapes.items():
+        if name.startswith("optimizer/"):
+            parameter = parameters[name.rpartition("/")[2]]
+            like = parameter.shape == shape and len(shape) > 0
+            tensors[name] = torch.zeros_like(parameter) if like else torch.zeros(shape, dtype=dtype)
+    load_shards(folder, tensors)
+    return _split_groups(tensors)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -263,7 +341,69 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _read(path: Path) -> Checkpoint:
+@contextmanager
+def _completed(final: Path, part: Path, keep: int | None) -> Iterator[Path]:
+    """Let the context fill the folder ``part``, then give it its final name and delete old checkpoints."""
+    folder = final.parent
+    try:
+        yield part
+        if final.exists():
+            old = folder / f".{final.name}.{os.getpid()}.old"
+            os.replace(final, old)
+            os.replace(part, final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(part, final)
+        _flush(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if keep is not None:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_files(
+    part: Path, files: dict[str, dict[str, Tensor]], checkpoint: Checkpoint, shards: dict[str, str] | None = None
+) -> None:
+    """Write the tensors of one process, and ``state.json`` with the hashes of all files."""
+    hashes = {}
+    for name, tensors in files.items():
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part / name)
+        _flush(part / name)
+        hashes[name] = _sha256(part / name)
+    state = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "config": checkpoint.config,
+        "progress": checkpoint.progress,
+        "corpus": checkpoint.corpus,
+        "sha256": hashes,
+        **({} if shards is None else {"shards_sha256": shards}),
+    }
+    (part / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    _flush(part / _STATE)
+
+
+def _check_shards(folder: Path, expected: dict[str, str], found: dict[str, str]) -> None:
+    """Refuse shards that are not the ones that were written."""
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint {folder.parent} is damaged: the hash of {_SHARDS}/{wrong[0]} is not the recorded one"
+        )
+
+
+def _split_groups(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part the tensors of shards into parameters and optimizer state."""
+    model, optimizer = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in ("model/", "optimizer/")
+    )
+    return model, optimizer
+
+
+def _read(path: Path, read_sharded: bool) -> Checkpoint:
     """Read and verify one checkpoint folder."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -287,17 +427,35 @@ def _read(path: Path) -> Checkpoint:
             tensors[name] = load_file(path / name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"the checkpoint {path} is damaged: {name} ({error})") from error
-    other = tensors["optimizer.safetensors"]
+    shards = state.get("shards_sha256")
+    model, other = tensors.get("model.safetensors", {}), tensors.get("optimizer.safetensors", {})
+    optimizer = {k.removeprefix("optimizer/"): v for k, v in other.items() if k.startswith("optimizer/")}
+    if shards is not None:
+        other = tensors["random.safetensors"]
+        if read_sharded:
+            model, optimizer = _read_all_shards(path / _SHARDS, shards)
     return Checkpoint(
         step=state["step"],
         config=state["config"],
-        model=tensors["model.safetensors"],
-        optimizer={k.removeprefix("optimizer/"): v for k, v in other.items() if k.startswith("optimizer/")},
+        model=model,
+        optimizer=optimizer,
         random={k.removeprefix("random/"): v for k, v in other.items() if k.startswith("random/")},
         progress=state["progress"],
         corpus=state["corpus"],
         path=path,
+        shards=None if read_sharded else shards,
     )
+
+
+def _read_all_shards(folder: Path, expected: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Verify and read shards as whole tensors, without other processes."""
+    try:
+        _check_shards(folder, expected, hash_shards(folder, together=False))
+        return _split_groups(read_shards(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {folder.parent} is damaged: {_SHARDS} cannot be read ({error})"
+        ) from error
 
 
 def _sha256(path: Path) -> str:

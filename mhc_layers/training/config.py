@@ -134,14 +134,25 @@ class CheckpointConfig:
         Steps between checkpoints; one is always written at the end and on interruption.
     keep : int
         Newest checkpoints that are kept.
+    format : {"auto", "whole", "sharded"}
+        ``whole``: the main process gathers everything and writes it. ``sharded``: every process writes its part; any
+        number of processes can read it. ``auto`` is sharded where ``parallel.shard`` is above 1.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of its range.
     """
 
     every: int = 200
     keep: int = 2
+    format: Literal["auto", "whole", "sharded"] = "auto"
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every is {self.every}, keep is {self.keep}; both must be 1 or more")
+        if self.format not in ("auto", "whole", "sharded"):
+            raise ValueError(f"checkpoint.format is {self.format!r}; accepted are 'auto', 'whole' and 'sharded'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,12 +225,24 @@ class TrainConfig:
             )
         if self.stream_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"stream_dtype is {self.stream_dtype!r}; accepted are 'auto', 'float32' and 'bfloat16'")
+        if self.checkpoint.format == "sharded" and (self.parallel.tensor > 1 or self.parallel.pipeline > 1):
+            raise ValueError(
+                f"checkpoint.format is 'sharded' with parallel.tensor {self.parallel.tensor} and parallel.pipeline "
+                f"{self.parallel.pipeline}; shards are written for copied and FSDP2-sharded parameters. Set both to 1, "
+                "or the format to 'whole'"
+            )
         if self.optim.kind == "muon" and (self.parallel.shard > 1 or self.parallel.tensor > 1):
             raise ValueError(
                 f"optim.kind is 'muon' with parallel.shard {self.parallel.shard} and parallel.tensor "
                 f"{self.parallel.tensor}; Muon orthogonalises whole matrices and these axes split them. Set both to 1, "
                 "or optim.kind to 'adamw'"
             )
+
+    @property
+    def sharded_checkpoints(self) -> bool:
+        """Whether every process writes its part of a checkpoint."""
+        chosen = self.checkpoint.format
+        return chosen == "sharded" or (chosen == "auto" and self.parallel.shard > 1)
 
 
 def encode(value: Any) -> Any:

@@ -33,7 +33,9 @@ from mhc_layers.training.checkpoint import (
     load_parameters,
     random_state,
     restore_random_state,
+    restore_shards,
     save_checkpoint,
+    save_sharded_checkpoint,
 )
 from mhc_layers.training.config import TrainConfig, encode
 from mhc_layers.training.data import ByteWindows, Corpus, evaluation_windows
@@ -229,20 +231,24 @@ class Trainer:
         """Write a checkpoint of the current step, unless it is on disk already."""
         if self._saved_step == self.step:
             return
-        state = optimizer_state(self.engine.model, self.optimizers)
-        parameters = self.engine.gather(dict(self.engine.model.named_parameters()))
-        optimizer = self.engine.gather(state)
-        if self.world.is_main:
-            checkpoint = Checkpoint(
-                step=self.step,
-                config=encode(self.config),
-                model=parameters,
-                optimizer=optimizer,
-                progress={"seconds": self.seconds, "first_bits_per_byte": self.first_bits, "bits_per_byte": self._bits},
-                corpus=encode(self.corpus.record),
-                random=random_state(),
-            )
-            save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.checkpoint.keep)
+        parameters: dict[str, Tensor] = dict(self.engine.model.named_parameters())
+        optimizer = optimizer_state(self.engine.model, self.optimizers)
+        if not self.config.sharded_checkpoints:
+            parameters, optimizer = self.engine.gather(parameters), self.engine.gather(optimizer)
+        checkpoint = Checkpoint(
+            step=self.step,
+            config=encode(self.config),
+            model=parameters,
+            optimizer=optimizer,
+            progress={"seconds": self.seconds, "first_bits_per_byte": self.first_bits, "bits_per_byte": self._bits},
+            corpus=encode(self.corpus.record),
+            random=random_state(),
+        )
+        folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
+        if self.config.sharded_checkpoints:
+            save_sharded_checkpoint(folder, checkpoint, self.world, keep=keep)
+        elif self.world.is_main:
+            save_checkpoint(folder, checkpoint, keep=keep)
         self._saved_step = self.step
 
     def whole_model(self) -> Transformer:
@@ -330,8 +336,15 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: parameters, optimizer, counters, random states."""
-        load_parameters(self.engine.model, self.engine.scatter(checkpoint.model))
-        load_optimizer_state(self.engine.model, self.optimizers, self.engine.scatter(checkpoint.optimizer))
+        parameters, optimizer = checkpoint.model, checkpoint.optimizer
+        in_place = self.config.parallel.tensor == self.config.parallel.pipeline == 1
+        if checkpoint.shards is not None:
+            own = dict(self.engine.model.named_parameters())
+            parameters, optimizer = restore_shards(checkpoint, own, in_place=in_place)
+        if checkpoint.shards is None or not in_place:
+            parameters, optimizer = self.engine.scatter(parameters), self.engine.scatter(optimizer)
+            load_parameters(self.engine.model, parameters)
+        load_optimizer_state(self.engine.model, self.optimizers, optimizer)
         self.step = self._saved_step = checkpoint.step
         self.seconds = float(checkpoint.progress["seconds"])
         self.first_bits = checkpoint.progress["first_bits_per_byte"]
@@ -357,13 +370,13 @@ class Trainer:
 
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Let torch take kernels whose sums have a fixed order, and warn where it has none."""
+    """Let torch take kernels whose sums have a fixed order only."""
     if not wanted:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # cuDNN attention stays in use where this only warns
     torch.utils.deterministic.fill_uninitialized_memory = False  # memory that is written before it is read
     try:
         yield

@@ -255,7 +255,7 @@ def _announce(
 
 
 def load_for_resume(path: Path) -> tuple[Checkpoint, Path]:
-    """Return a checkpoint and the run directory that it belongs to."""
-    checkpoint = load_checkpoint(path)
+    """Return a checkpoint, without its shards if it has some, and the run directory that it belongs to."""
+    checkpoint = load_checkpoint(path, read_sharded=False)
     folder = (checkpoint.path or path).parent
     return checkpoint, folder.parent if folder.name == "checkpoints" else folder

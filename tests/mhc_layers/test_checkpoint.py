@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mhc_layers import Transformer
+from mhc_layers.parallel.mesh import World
 from mhc_layers.training import checkpoint as checkpoint_module
 from mhc_layers.training.checkpoint import (
     Checkpoint,
@@ -19,7 +20,9 @@ from mhc_layers.training.checkpoint import (
     load_parameters,
     random_state,
     restore_random_state,
+    restore_shards,
     save_checkpoint,
+    save_sharded_checkpoint,
     write_atomically,
 )
 from mhc_layers.training.errors import CheckpointError
@@ -53,6 +56,32 @@ def test_round_trip_is_exact(tmp_path):
         assert all(
             torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
         )
+
+
+def test_sharded_round_trip_is_exact_and_damage_is_found(tmp_path):
+    first, saved = content(2), content(3)
+    save_sharded_checkpoint(tmp_path, first, World())
+    path = save_sharded_checkpoint(tmp_path, saved, World())
+    assert sorted(item.name for item in path.iterdir()) == ["random.safetensors", "shards", "state.json"]
+    loaded, lazy = load_checkpoint(path), load_checkpoint(path, read_sharded=False)
+    assert lazy.step == 3 and not lazy.model and lazy.shards
+    parameters = {name: torch.zeros_like(value) for name, value in saved.model.items()}
+    model, optimizer = restore_shards(lazy, parameters, in_place=True)
+    assert all(model[name] is parameters[name] for name in parameters)
+    for before, *others in ((saved.model, loaded.model, model), (saved.optimizer, loaded.optimizer, optimizer)):
+        for after in others:
+            assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(CheckpointError, match="another model"):
+        restore_shards(lazy, {"other": torch.zeros(2)}, in_place=True)
+    shard = next((path / "shards").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"hash of shards/__0_0.distcp.*step_00000002 is intact"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="hash of shards"):
+        restore_shards(lazy, parameters, in_place=True)
+    save_sharded_checkpoint(tmp_path, saved, World(), keep=1)  # written anew over the damaged one
+    assert [item.name for item in list_checkpoints(tmp_path)] == ["step_00000003"]
+    assert torch.equal(load_checkpoint(tmp_path).model["weight"], saved.model["weight"])
 
 
 def test_random_generators_continue_where_they_were(tmp_path):

@@ -210,11 +210,21 @@ def test_a_run_on_two_processes_equals_one_and_changes_its_layout(tmp_path):
         first, second = (read_metrics(tmp_path / folder)["train"] for folder in ("one", name))
         assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], rel=1e-3)
         assert (tmp_path / name / "report.json").is_file()
+    sharded = load_checkpoint(tmp_path / "fsdp")
     middle = tmp_path / "fsdp" / "checkpoints" / "step_00000005"
-    spawn(_train, str(text), str(tmp_path / "fsdp"), ParallelConfig(pipeline=2), str(middle))
-    resumed = load_checkpoint(tmp_path / "fsdp")
-    for key, value in expected.model.items():
-        torch.testing.assert_close(resumed.model[key], value, rtol=1e-3, atol=2e-4)
+    assert (middle / "shards" / "__1_0.distcp").is_file() and not (middle / "model.safetensors").exists()
+    # two processes again: the same bits; another layout, and one process: the same numbers
+    spawn(_train, str(text), str(tmp_path / "again"), ParallelConfig(shard=2), str(middle))
+    again = load_checkpoint(tmp_path / "again")
+    for group in ("model", "optimizer"):
+        before, after = getattr(sharded, group), getattr(again, group)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    spawn(_train, str(text), str(tmp_path / "stages"), ParallelConfig(pipeline=2), str(middle))
+    _train(0, str(text), str(tmp_path / "alone"), ParallelConfig(), str(middle))
+    for name in ("stages", "alone"):
+        resumed = load_checkpoint(tmp_path / name)
+        for key, value in expected.model.items():
+            torch.testing.assert_close(resumed.model[key], value, rtol=1e-3, atol=2e-4)
 
 
 def _save_shards(rank, folder):
