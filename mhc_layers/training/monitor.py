@@ -1,8 +1,8 @@
 """Measures the connections of a live model: per site, over depth, and with a certificate.
 
-During a measured forward pass every site keeps a reference to its coefficients; nothing is copied to the host and
-nothing waits for the device. :meth:`Monitor.flush` copies a few tokens' coefficients at once and does the arithmetic
-in float64 on the CPU.
+During a measured forward pass every site keeps a reference to its coefficients. At its end a few tokens' coefficients
+are sent to the host in one transfer that nothing waits for. :meth:`Monitor.flush`, after the step, does the arithmetic
+in float64 on the CPU, while a GPU still works on the backward pass.
 
 Definitions. The *gain* of an operator is the absolute value of its (signed) sums: forward over rows, backward over
 columns, as in figure 8 of the mHC paper; a gain's least and largest value are both kept, because a small one hides in a
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import birkhoff
+from mhc_layers import functional
 from mhc_layers.hyper_connection import CapturedCoefficients, capture_coefficients
 from mhc_layers.models.transformer import Transformer
 from mhc_layers.training.config import MonitorConfig
@@ -149,7 +150,7 @@ class Monitor:
         self.model = model
         self.config = config
         self.seconds = 0.0
-        self._pending: tuple[int, list[list[Tensor]]] | None = None
+        self._pending: tuple[int, _Picked] | None = None
         self._has_sites = isinstance(model, Transformer) and len(model.sites) > 0
 
     def due(self, step: int) -> bool:
@@ -173,8 +174,8 @@ class Monitor:
         if self._pending is None:
             return None
         (step, picked), self._pending = self._pending, None
-        if picked[0][0].is_cuda:
-            torch.cuda.synchronize(picked[0][0].device)  # the step that runs now is not the monitor's time
+        if picked.arrived is not None:
+            picked.arrived.synchronize()  # the forward pass is not the monitor's time
         started = time.perf_counter()
         coefficients = _to_host(picked)
         certify = self.config.certify_every > 0 and step % self.config.certify_every == 0
@@ -197,31 +198,50 @@ def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
     return _to_host(_collect(captured, tokens))
 
 
-def _collect(captured: CapturedCoefficients, tokens: int) -> list[list[Tensor]]:
-    """Pick some tokens' maps, residual logits and streams' inner products on the device, without waiting for it."""
+@dataclass(frozen=True, kw_only=True)
+class _Picked:
+    """Numbers of some tokens on their way to the host: the values of all groups one after the other."""
+
+    values: Tensor
+    shapes: list[list[torch.Size]]
+    arrived: torch.cuda.Event | None = None
+
+
+def _collect(captured: CapturedCoefficients, tokens: int) -> _Picked:
+    """Pick some tokens' maps, residual logits and streams' inner products, and send them off without waiting."""
     records, streams = list(captured), captured.streams
     if captured.final_streams is not None:
         streams = [*streams, captured.final_streams]
     num_tokens = records[0].h_pre.shape[:-1].numel()
     index = torch.linspace(0, num_tokens - 1, min(tokens, num_tokens), dtype=torch.float64).round().long()
-    index = index.to(records[0].h_pre.device, non_blocking=True)
-    with torch.no_grad():
+    device = records[0].h_pre.device
+    index = index.to(device, non_blocking=True)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         picked = [x.flatten(0, -3)[index] for x in streams]
-        return [
+        groups = [
             [record.h_pre.flatten(0, -2)[index] for record in records],
             [record.h_post.flatten(0, -2)[index] for record in records],
             [record.h_res.flatten(0, -3)[index] for record in records],
-            [x.to(torch.float64) @ x.to(torch.float64).mT for x in picked],
+            [_gram(x) for x in picked],
             [_residual_logits(site, x) for site, x in zip(captured.sites, picked, strict=False)],
         ]
+        flat = torch.cat([torch.cat([part.flatten() for part in group]).to(torch.float64) for group in groups])
+    shapes = [[part.shape for part in group] for group in groups]
+    if not flat.is_cuda:
+        return _Picked(values=flat, shapes=shapes)
+    values = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    values.copy_(flat, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return _Picked(values=values, shapes=shapes, arrived=arrived)
 
 
-def _to_host(groups: list[list[Tensor]]) -> Coefficients:
-    """Copy what :func:`_collect` picked to the CPU in one transfer."""
-    parts = [part for group in groups for part in group]
-    flat = torch.cat([part.to(torch.float64).flatten() for part in parts]).cpu()
-    pieces = iter(flat.split([part.numel() for part in parts]))
-    arrays = [[next(pieces).view(part.shape).numpy() for part in group] for group in groups]
+def _to_host(picked: _Picked) -> Coefficients:
+    """Wait for what :func:`_collect` sent, and for nothing that the device does after it."""
+    if picked.arrived is not None:
+        picked.arrived.synchronize()
+    pieces = iter(picked.values.split([shape.numel() for group in picked.shapes for shape in group]))
+    arrays = [[next(pieces).view(shape).numpy() for shape in group] for group in picked.shapes]
     h_pre, h_post, h_res, gram = (np.stack(group) for group in arrays[:4])
     logits = [value if value.size else None for value in arrays[4]]
     return Coefficients(h_pre=h_pre, h_post=h_post, h_res=h_res, gram=gram, logits=logits)
@@ -366,12 +386,27 @@ def stream_statistics(gram: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def _gram(x: Tensor) -> Tensor:
+    """Inner products ``(T, n, n)`` of streams ``(T, n, C)``: their differences are small, so in float64."""
+    wide = x.to(torch.float64)
+    return wide @ wide.mT
+
+
 def _residual_logits(site: Any, x: Tensor) -> Tensor:
-    """Residual logits ``(T, k)`` of a site for streams ``(T, n, C)``; empty where its maps are free."""
+    """Residual logits ``(T, k)`` of a site for streams ``(T, n, C)``; empty where its maps are free.
+
+    The rows of ``HyperConnection.logits`` that are wanted here, in a third of its operations: on a GPU a measurement
+    costs what its launches cost.
+    """
     if site.connection not in ("mhc", "mhc_static"):
         return x.new_empty(0)
-    logits = site.logits(x)[1]
-    return logits.reshape(len(x), -1)
+    first = 2 * site.num_streams
+    bias = site.bias[first:]
+    if site.phi is None:
+        return bias.expand(len(x), -1)
+    flat = x.flatten(-2).to(site.phi.dtype)
+    scale = site.alpha_res * functional.inverse_rms(flat, site.convention)
+    return torch.addcmul(bias, flat @ site.phi[first:].mT, scale)
 
 
 def _extremes(name: str, values: np.ndarray) -> dict[str, np.ndarray]:

@@ -140,7 +140,9 @@ def test_fetched_coefficients_are_those_of_the_forward_pass(model):
     for site, record in enumerate(captured):
         np.testing.assert_array_equal(result.h_res[site], record.h_res.reshape(33, 4, 4).double().numpy())
         np.testing.assert_array_equal(result.h_pre[site], record.h_pre.reshape(33, 4).double().numpy())
-    assert result.logits[0].shape == (33, 16)
+    for site, x, logits in zip(captured.sites, captured.streams, result.logits, strict=True):
+        expected = site.logits(x)[1].detach().reshape(33, 16).numpy()
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
     fewer = fetch(captured, tokens=5)
     assert fewer.h_res.shape[1] == 5
     np.testing.assert_array_equal(fewer.h_res[:, -1], result.h_res[:, -1])
