@@ -100,6 +100,18 @@ def _batch_shapes(subject: Subject, sample: Sample) -> Observation:
     return worst_of(seen)
 
 
+_MANY = 2**16 + 7
+
+
+def _large_stack(subject: Subject, sample: Sample) -> Observation:
+    size = sample.logits.shape[-1]
+    repeated = sample.with_logits(np.resize(sample.logits, (_MANY, size, size)))
+    expected = np.resize(subject.matrix(sample), (_MANY, size, size))
+    difference = np.max(np.abs(subject.matrix(repeated) - expected), axis=(-2, -1))
+    allowed = np.resize(np.max(_twice(subject, sample), axis=(-2, -1)), _MANY)
+    return worst(difference, allowed, f"a stack of {_MANY} matrices against its first {len(sample.logits)}")
+
+
 def _layouts(subject: Subject, sample: Sample) -> Observation:
     arrays = subject.backend.layouts(sample.logits, sample.dtype)
     others = ((f"layout {name}", subject.backend.asnumpy(subject.function(array))) for name, array in arrays.items())
@@ -198,6 +210,18 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: _some(subject, batch=6),
         check=_batch_shapes,
         effort=0.5,
+    ),
+    _claim(
+        name="large_stacks",
+        statement="A stack of 2^16 + 7 matrices gives what its matrices give in a small stack.",
+        domain="finite logits of std 1 and 10, n = 2, 3, 4",
+        method="seven matrices over and over, compared within twice the accuracy contract",
+        samples=lambda subject: strategies.samples(
+            generators=("gaussian",), scales=(1.0, 10.0), sizes=(2, 3, 4), batch=7, dtypes=subject.backend.dtypes
+        ),
+        check=_large_stack,
+        applies=reports,
+        effort=0.06,
     ),
     _claim(
         name="any_memory_layout",

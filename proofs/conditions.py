@@ -13,6 +13,7 @@ __all__ = [
     "exact_side",
     "finished",
     "has_halves",
+    "has_implicit_gradient",
     "is_euclidean",
     "iterates",
     "kl",
@@ -22,6 +23,7 @@ __all__ = [
     "offers_gradient",
     "rebuilds",
     "reports",
+    "stops_by_tolerance",
     "unfinished",
 ]
 
@@ -96,6 +98,16 @@ def rebuilds(subject: Subject) -> str | None:
 def reports(subject: Subject) -> str | None:
     """It returns errors and statuses beside the matrix."""
     return None if subject.project is not None else "returns a matrix only, no errors and no status"
+
+
+def stops_by_tolerance(subject: Subject) -> str | None:
+    """It can stop at a given error."""
+    return None if subject.tolerant is not None else "takes no tolerance"
+
+
+def has_implicit_gradient(subject: Subject) -> str | None:
+    """It can differentiate its limit without its iterations."""
+    return None if subject.implicit is not None else "offers no implicit gradient"
 
 
 def offers_gradient(subject: Subject) -> str | None:

@@ -8,7 +8,16 @@ import numpy as np
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
-from proofs.conditions import differentiates_twice, kl, known_iteration, meets, no_eps, offers_gradient, unfinished
+from proofs.conditions import (
+    differentiates_twice,
+    has_implicit_gradient,
+    kl,
+    known_iteration,
+    meets,
+    no_eps,
+    offers_gradient,
+    unfinished,
+)
 from proofs.measure import accuracy_allowance
 from proofs.subjects import Subject
 
@@ -51,6 +60,15 @@ def _contracting(subject: Subject, sample: Sample) -> Observation:
     pulled = subject.gradient(sample, grad)
     slack = 1e-5 + 64 * accuracy_allowance(sample.logits, sample.dtype)
     return worst(_norms(pulled) / _norms(grad), 0.5 + slack, "|J^T G| / |G|")
+
+
+def _implicit(subject: Subject, sample: Sample) -> Observation:
+    assert subject.implicit is not None
+    grad = _upstream(sample)
+    given, pulled = subject.array(sample), subject.gradient(sample, grad)
+    other = subject.backend.asnumpy(subject.implicit(given, subject.backend.asarray(grad, sample.dtype)))
+    slack = 1e-5 + 64 * accuracy_allowance(sample.logits, sample.dtype)
+    return worst(_norms(other - pulled) / _norms(grad), slack, "|implicit - unrolled| / |G|")
 
 
 def _finite(subject: Subject, sample: Sample) -> Observation:
@@ -150,6 +168,18 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(generators=strategies.EASY, batch=8, dtypes=subject.backend.dtypes),
         check=_contracting,
         applies=meets(offers_gradient, kl, no_eps, unfinished),
+        itemwise=True,
+    ),
+    _claim(
+        name="implicit_equals_unrolled_when_converged",
+        statement="The gradient of the limit, one linear solve at the result, equals the gradient of the iterations.",
+        reference="derivations: implicit_adjoint",
+        domain="logits in [-1/4, 1/4], at least 5 iterations",
+        method="Frobenius norm of the difference; 1e-5 and rounding allowed",
+        lemma="implicit_vjp_correct",
+        samples=lambda subject: strategies.samples(generators=strategies.EASY, batch=8, dtypes=subject.backend.dtypes),
+        check=_implicit,
+        applies=meets(offers_gradient, has_implicit_gradient, no_eps, known_iteration),
         itemwise=True,
     ),
     _claim(

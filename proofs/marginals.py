@@ -6,9 +6,20 @@ import functools
 
 import numpy as np
 
-from proofs import strategies
-from proofs._claim import Claim, Observation, Sample, worst, worst_of
-from proofs.conditions import adds_eps, exact_side, iterates, kl, meets, no_eps, rebuilds, reports, unfinished
+from proofs import model, strategies
+from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
+from proofs.conditions import (
+    adds_eps,
+    exact_side,
+    iterates,
+    kl,
+    meets,
+    no_eps,
+    rebuilds,
+    reports,
+    stops_by_tolerance,
+    unfinished,
+)
 from proofs.measure import accuracy_allowance, compute_roundoff, finish_allowance, marginal_allowance, sums
 from proofs.subjects import Subject
 
@@ -63,6 +74,40 @@ _truncations = meets(kl, rebuilds, iterates, no_eps, unfinished)
 """It can be run with fewer iterations, and each is an alternating normalisation."""
 
 _COUNTS = (1, 2, 3, 5, 8, 13, 20)
+
+
+_TOLERANCES = (1e-2, 1e-4)
+_CONVERGED, _STOPPED = 0, 1
+
+
+def _within_tolerance(subject: Subject, sample: Sample) -> Observation:
+    assert subject.tolerant is not None
+    size = sample.logits.shape[-1]
+    slack = marginal_allowance(size, sample.dtype)
+    seen = []
+    for tol in _TOLERANCES:
+        result = subject.tolerant(tol)(subject.array(sample))
+        matrix = subject.backend.asnumpy(result.matrix)
+        codes = subject.backend.asnumpy(result.status)
+        error = np.maximum(*(np.max(np.abs(sums(matrix, side) - 1), axis=-1) for side in ("rows", "columns")))
+        seen.append(worst(np.where(codes == _CONVERGED, error, 0.0), tol + slack, f"error of a converged one, {tol:g}"))
+        seen.append(holds_where((codes != _STOPPED) | (error >= tol - slack), f"stopped although within {tol:g}"))
+        seen.append(holds_where((codes == _CONVERGED) | (codes == _STOPPED), "another status on finite logits"))
+    return worst_of(seen)
+
+
+def _kl_falls(subject: Subject, sample: Sample) -> Observation:
+    limit = model.limit(sample.logits)
+    before, seen = None, []
+    for count in _COUNTS:
+        matrix = subject.at(count).matrix(sample)
+        distance = np.sum(limit * np.log(limit / matrix), axis=(-2, -1))
+        # an entry that is off by d moves the sum by limit / entry * d, at both counts
+        slack = 2 * accuracy_allowance(sample.logits, sample.dtype) * np.sum(limit / matrix, axis=(-2, -1))
+        if before is not None:
+            seen.append(worst(distance - before, slack, f"rise of KL(limit, iterate) up to {count} iterations"))
+        before = distance
+    return worst_of(seen)
 
 
 def _monotone(subject: Subject, sample: Sample) -> Observation:
@@ -174,6 +219,33 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
         check=_honest,
         applies=reports,
+        itemwise=True,
+    ),
+    _claim(
+        name="converged_means_within_tolerance",
+        statement="With a tolerance, the status of every matrix is converged or max_iters_reached: converged only if "
+        "both errors are at most tol + (n+1) u, the other only if one is above tol - (n+1) u.",
+        reference="birkhoff.Status",
+        domain="finite logits up to range 1e3, tol 1e-2 and 1e-4",
+        method="errors recomputed from the stored entries, each matrix by itself",
+        samples=lambda subject: strategies.samples(dtypes=subject.backend.dtypes),
+        check=_within_tolerance,
+        applies=stops_by_tolerance,
+        effort=0.5,
+        itemwise=True,
+    ),
+    _claim(
+        name="kl_to_the_limit_never_rises",
+        statement="KL(limit, iterate) does not rise from 1 to 2, 3, 5, 8, 13, 20 iterations.",
+        reference="derivations: sinkhorn_knopp",
+        domain="logits of range <= 8, n <= 5",
+        method="the limit iterated to 1e-15 in float64; rounding of the iterates allowed",
+        samples=lambda subject: strategies.samples(
+            generators=("gaussian", "small", "diagonal"), scales=(0.1, 0.3, 0.6, 1.0), sizes=(2, 3, 4, 5), batch=8
+        ),
+        check=_kl_falls,
+        applies=_truncations,
+        effort=0.5,
         itemwise=True,
     ),
     _claim(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from proofs import claims
 from proofs._claim import Claim
+from proofs.properties import PROPERTIES
 
 __all__ = ["main", "render", "render_measured"]
 
@@ -101,12 +102,30 @@ def render() -> str:
             lines += [f"Derivation: {pages}.", ""]
         for claim in chosen:
             lines += _entry(claim)
+    lines += _properties()
     lines += ["## Lemma by lemma", "", "| lemma | claims that rest on it |", "|---|---|"]
     for name in sorted(named):
-        users = [c for c in claims.CLAIMS if name in _lemmas(c)]
-        links = ", ".join(f"[{_plain(c.name)}](#claim-{c.name.replace('_', '-')})" for c in users)
-        lines.append(f"| `{name}` | {links} |")
+        lines.append(f"| `{name}` | {_links(c.name for c in claims.CLAIMS if name in _lemmas(c))} |")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _links(names: Iterable[str]) -> str:
+    return ", ".join(f"[{_plain(name)}](#claim-{name.replace('_', '-')})" for name in names)
+
+
+def _properties() -> list[str]:
+    lines = [
+        "## Property by property",
+        "",
+        "What a projection should do, what a breach looks like, who looks for it.",
+        "",
+    ]
+    lines += ["| | property | catches | claims |", "|---|---|---|---|"]
+    lines += [
+        f"| P{one.number} | {_plain(one.statement)} | {_plain(one.catches)} | {_links(one.claims)} |"
+        for one in PROPERTIES
+    ]
+    return [*lines, ""]
 
 
 def render_measured(paths: Sequence[Path]) -> str:

@@ -128,7 +128,7 @@ def _draw(claim: Claim, subject: Any, profile: Profile, seed_value: int | None) 
     drawn: list[Sample] = []
     test = given(claim.samples(subject))(lambda sample: drawn.append(_supported(sample, subject)))
     test = settings(
-        max_examples=max(3, round(profile.max_examples * claim.effort)),
+        max_examples=max(1, round(profile.max_examples * claim.effort)),
         phases=(Phase.generate,),
         database=None,
         deadline=None,

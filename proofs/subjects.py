@@ -47,6 +47,10 @@ class Subject:
         Array to a full `birkhoff.Projection`.
     vjp : callable or None
         ``vjp(logits, grad_matrix)``; ``None``: no gradient is offered.
+    tolerant : callable or None
+        ``tolerant(tol)`` returns `project` stopping a matrix once its error is at most `tol`.
+    implicit : callable or None
+        ``implicit(logits, grad_matrix)``: the vector-Jacobian product of the limit at the result.
     rebuild : callable or None
         ``rebuild(num_iters=..., first=...)`` returns the same method with other options.
     elsewhere : callable or None
@@ -64,6 +68,8 @@ class Subject:
     eps: tuple[float, float] | None = None
     project: Projector | None = field(default=None, repr=False)
     vjp: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
+    tolerant: Callable[[float], Projector] | None = field(default=None, repr=False)
+    implicit: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
     rebuild: Callable[..., Subject] | None = field(default=None, repr=False)
     elsewhere: Callable[[Backend], Subject] | None = field(default=None, repr=False)
 
@@ -189,9 +195,9 @@ def solver_subject(solver: Any, chosen: Backend, *, finish: str = "none") -> Sub
     name = type(solver).__name__
     converged = name in ("Newton", "Euclidean")
 
-    def project(logits: Any) -> Any:
+    def project(logits: Any, tol: float | None = solver.tol) -> Any:
         with chosen.kernels():
-            return birkhoff.project(logits, solver, finish=finish)
+            return birkhoff.project(logits, replace(solver, tol=tol), finish=finish)
 
     def function(logits: Any) -> Any:
         return project(logits).matrix
@@ -202,6 +208,11 @@ def solver_subject(solver: Any, chosen: Backend, *, finish: str = "none") -> Sub
 
     def unrolled(logits: Any, grad: Any) -> Any:
         adjoint = importlib.import_module("birkhoff.adjoints.unrolled").Unrolled()
+        with chosen.kernels():
+            return adjoint.vjp(logits, grad, solver)
+
+    def implicit(logits: Any, grad: Any) -> Any:
+        adjoint = importlib.import_module("birkhoff.adjoints.implicit").Implicit()
         with chosen.kernels():
             return adjoint.vjp(logits, grad, solver)
 
@@ -220,6 +231,8 @@ def solver_subject(solver: Any, chosen: Backend, *, finish: str = "none") -> Sub
         finish=finish,
         eps=(solver.eps_start, solver.eps_den) if name == "SinkhornDamped" else None,
         project=project,
+        tolerant=(lambda tol: lambda logits: project(logits, tol)) if finish == "none" else None,
+        implicit=implicit if finish == "none" else None,
         vjp=(automatic if chosen.differentiates else unrolled) if offers_gradient else None,
         rebuild=rebuild,
         elsewhere=lambda other: solver_subject(solver, other, finish=finish),

@@ -118,6 +118,31 @@ def _reporting(**lies: Any) -> Subject:
     return broken.subject(broken.right, project=project)
 
 
+def _stopping(change: Callable[[np.ndarray, np.ndarray, float], np.ndarray]) -> Subject:
+    """The right projection of 20 iterations, and what it says of a tolerance."""
+
+    def tolerant(tol: float) -> Callable[[np.ndarray], SimpleNamespace]:
+        def project(logits: np.ndarray) -> SimpleNamespace:
+            matrix = broken.right(logits)
+            error = np.max(np.abs(sums(matrix, "columns") - 1), axis=-1)
+            status = change(np.where(error <= tol, 0, 1), error, tol)
+            return SimpleNamespace(matrix=matrix, status=status)
+
+        return project
+
+    return broken.subject(broken.right, tolerant=tolerant)
+
+
+def _wrong_after(count: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What a kernel does whose grid ends at `count` matrices."""
+
+    def function(logits: np.ndarray) -> np.ndarray:
+        matrix = np.array(broken.right(logits[:count]))
+        return np.concatenate([matrix, np.zeros_like(logits[count:])])
+
+    return function
+
+
 def _misbuilt(change: Callable[[int, str], tuple[int, str]]) -> Subject:
     """A family whose options do something else than they say."""
     honest = broken.family()
@@ -139,6 +164,16 @@ def _with_vjp(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
         return change(gradient, logits, grad).astype(logits.dtype)
 
     return broken.subject(broken.right, vjp=vjp)
+
+
+def _with_implicit(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Subject:
+    """The right projection and gradient, and a gradient of the limit changed by `change(gradient, matrix)`."""
+
+    def implicit(logits: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        gradient = reference.gradient(logits, grad, 60)
+        return change(gradient, broken.right(logits).astype(np.float64)).astype(logits.dtype)
+
+    return replace(_with_vjp(lambda gradient, x, g: gradient), implicit=implicit)
 
 
 def _on(backend: str, function: Callable[..., Any], **facts: Any) -> Subject:
@@ -225,6 +260,30 @@ SPECIAL: dict[str, tuple[Callable[[], Subject], tuple[Callable[[], Subject], ...
         (
             lambda: _reporting(status=lambda report: 0 * report["status"]),
             lambda: _reporting(status=lambda report: np.full_like(report["status"], report["status"].max())),
+        ),
+    ),
+    "converged_means_within_tolerance": (
+        lambda: _stopping(lambda status, error, tol: status),
+        (
+            lambda: _stopping(lambda status, error, tol: 0 * status),
+            lambda: _stopping(lambda status, error, tol: 0 * status + 1),
+            lambda: _stopping(lambda status, error, tol: 0 * status + int(error.mean() > tol)),
+            lambda: _stopping(lambda status, error, tol: np.where(error > 0.9 * tol, 1, 0)),
+        ),
+    ),
+    "kl_to_the_limit_never_rises": (broken.family, (lambda: _misbuilt(lambda count, first: (21 - count, first)),)),
+    "implicit_equals_unrolled_when_converged": (
+        lambda: _with_implicit(lambda gradient, matrix: gradient),
+        (
+            lambda: _with_implicit(lambda gradient, matrix: 1.01 * gradient),
+            lambda: _with_implicit(lambda gradient, matrix: gradient + 1e-3 * matrix),
+        ),
+    ),
+    "large_stacks": (
+        _reporting,
+        (
+            lambda: replace(_reporting(), function=_wrong_after(2**16)),
+            lambda: replace(_reporting(), function=_wrong_after(100)),
         ),
     ),
     "open_side_never_rises": (broken.family, (lambda: _misbuilt(lambda count, first: (21 - count, first)),)),

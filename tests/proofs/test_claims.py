@@ -8,6 +8,7 @@ import pytest
 
 from proofs import claims, page, runner, subjects, systems
 from proofs.backends import BACKENDS
+from proofs.properties import PROPERTIES
 from proofs.runner import Profile
 from tests.proofs.test_formal import lemmas
 
@@ -24,6 +25,14 @@ def test_every_lemma_that_a_claim_names_is_proved() -> None:
     named = {name for claim in claims.CLAIMS for name in (claim.lemma, *claim.lemmas) if name is not None}
     assert named - lemmas() == set()
     assert len(named) >= 30
+
+
+def test_every_property_has_claims() -> None:
+    assert [one.number for one in PROPERTIES] == list(range(1, 21))
+    for one in PROPERTIES:
+        assert one.claims and one.statement and one.catches
+        for name in one.claims:
+            claims.by_name(name)
 
 
 def test_select_takes_names_and_families() -> None:
