@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 import mhc_layers._recompute  # noqa: F401 - registers an operator
-from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection
+from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, Transformer, TransformerConfig
 from mhc_layers._fused_state import FusedState
+from mhc_layers._torch_ops import FusedSite
 from mhc_layers.kernels.table import leaf, restricted_to
 from tests.kernels.mhc_cases import leaves_chain, make_problem, oracle, relative_error
 
@@ -126,6 +128,83 @@ def test_cuda_graph_replays_a_training_step() -> None:
     expected = step()
     assert torch.equal(out, expected)
     assert torch.equal(grad, fused.phi.grad)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["boundaries", "separate"])
+def test_cuda_graph_replays_training_steps_of_a_transformer(separate: bool) -> None:
+    """A captured step with clipping and optimizer, replayed, trains like the steps one by one."""
+    torch.manual_seed(0)
+    config = TransformerConfig(vocab_size=64, dim=256, num_layers=2, num_heads=2, max_seq_len=64)
+    models = [Transformer(config).cuda() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    assert all(isinstance(site.implementation, FusedSite) for model in models for site in model.sites)
+    tokens, targets = torch.randint(64, (2, 4, 64), device="cuda")
+    steps = []
+    for model in models:
+        if separate:
+            for site in model.sites:
+                site._implementation = FusedSite(site.convention)  # each its own: no boundary is fused
+        rate = torch.tensor(1e-2, device="cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, capturable=True, foreach=True)
+
+        def step(model: Transformer = model, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss, _ = model.loss(tokens, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+            optimizer.step()
+            return loss.detach()
+
+        steps.append(step)
+    for step in steps:
+        for _ in range(3):
+            step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = steps[0]()
+    for _ in range(5):
+        graph.replay()
+        expected = steps[1]()
+        torch.testing.assert_close(captured, expected, rtol=1e-3, atol=1e-4)
+    assert float(expected) < 0.9 * float(torch.tensor(64.0).log())
+
+
+def test_addresses_that_kernels_are_not_compiled_for() -> None:
+    """Launches are prepared for addresses at 16 bytes; others, and other dtypes in between, give the same values."""
+    x = torch.randn(40, 4, 256, device="cuda")
+    coef = torch.rand(40, 24, device="cuda")
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        streams = x.to(dtype)
+        expected = leaf("read_forward", streams)(streams, coef)
+        buffer = torch.empty(streams.numel() + 1, dtype=dtype, device="cuda")
+        buffer[1:] = streams.flatten()
+        shifted = buffer[1:].view_as(streams)
+        for _ in range(2):
+            assert torch.equal(leaf("read_forward", shifted)(shifted, coef), expected)
+            assert torch.equal(leaf("read_forward", streams)(streams, coef), expected)
+        assert relative_error(expected, (coef[:, :4, None] * streams.double()).sum(1)) < 2e-3
+
+
+def test_threads_launch_at_once() -> None:
+    """Prepared launches are shared by threads, each with a stream of its own."""
+    fused, _ = sites(4, 256, PAPER)
+    inputs = [torch.randn(64, 4, 256, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    expected = [fused(x) for x in inputs]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(index: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                if not torch.equal(fused(inputs[index]), expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_kept_memory_is_a_hundred_bytes_a_token() -> None:
