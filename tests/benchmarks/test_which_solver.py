@@ -21,6 +21,6 @@ def test_a_line_for_each_size_and_range(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_errors_are_the_worst_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(which_solver, "_host_seconds", lambda call: 2.0)
     ((_, _, knopp, exact, log, newton),) = which_solver.lines("cpu", (4,), (10.0,), lambda n: 200)
-    assert float(knopp.split()[2].rstrip(",")) > 0.1 > 1e-6 >= float(newton.split(",")[0])
+    assert float(knopp.split()[2].rstrip(",")) > 0.01 > 1e-6 >= float(newton.split(",")[0])
     assert float(exact.split(",")[0]) <= 1e-6 < float(log.split(",")[0])
     assert newton.endswith(", 1")
