@@ -92,6 +92,17 @@ def test_range_cap(rng: np.random.Generator, n: int) -> None:
     check(rng, n, 5.0, range_cap=3.0, num_iters=5, first="rows")
 
 
+@pytest.mark.parametrize("n", [4, 5])
+def test_equal_largest_logits_share_the_gradient_of_a_raised_one(rng: np.random.Generator, n: int) -> None:
+    logits = 2.0 * torch.tensor(rng.integers(-1, 2, size=(6, n, n)), dtype=torch.float32)
+    grad = torch.tensor(rng.normal(size=(6, n, n)), dtype=torch.float32)
+    for first in ("columns", "rows"):
+        options = {"method": "knopp", "num_iters": 3, "first": first, "range_cap": 3.0}
+        pulled = sinkhorn.sinkhorn_backward(logits, grad, **options)
+        reference = expected_gradient(logits.double().numpy(), grad.double().numpy(), **options)
+        np.testing.assert_allclose(pulled.numpy(), reference, rtol=0, atol=1e-6)
+
+
 def test_vertices() -> None:
     logits = vertices(100.0, 1021)
     matrix = sinkhorn.sinkhorn_forward(logits)

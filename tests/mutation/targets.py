@@ -40,6 +40,7 @@ _SOLVERS = (
 _NEWTON = ("tests/birkhoff/test_newton.py", *_SOLVERS)
 _EUCLIDEAN = ("tests/birkhoff/test_euclidean.py", *_SOLVERS)
 
+_CERTIFICATES = ("tests/birkhoff/test_certificate_formulas.py", "tests/birkhoff/test_certificates.py")
 _LIBRARIES = "not strict and not torch-"  # contracts on NumPy are enough: the libraries run the same lines
 
 
@@ -59,6 +60,6 @@ TARGETS: tuple[Target, ...] = (
     Target("birkhoff._math", _ALL, False, _NEWTON, "not torch-"),
     Target("birkhoff._tangent", ("Newton",), False, _NEWTON, _only("Newton")),
     Target("birkhoff._elimination", ("Euclidean",), False, _EUCLIDEAN, _only("Euclidean")),
-    Target("birkhoff.certificates", (), True, (*_SURVIVORS, "tests/birkhoff/test_certificates.py")),
+    Target("birkhoff.certificates", (), True, (*_SURVIVORS, *_CERTIFICATES)),
     Target("birkhoff.rounding", (), True, (*_SURVIVORS, "tests/birkhoff/test_rounding.py")),
 )

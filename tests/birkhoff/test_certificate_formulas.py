@@ -1,0 +1,122 @@
+"""The certificate is the documented one: allowances, blocks and flushed subnormals as on its derivation page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from birkhoff import certificates
+from birkhoff.certificates import Provenance, certify, certify_product
+
+TWO_U = 2.0**-52
+TINY = 2.0**-1022
+TINY32 = 2.0**-126
+
+
+def enclosed(n: int, low: float, high: float, entry: float, loss: float = 0.0) -> tuple[float, float]:
+    """(eq-enclose) for a matrix of equal entries and a vector of equal components; n and entry powers of two."""
+    factor = (n + 4) * TWO_U
+    above = n * (entry * high) * (1.0 + factor) + (4 * n * TINY + 2 * n * loss * high)
+    return max(0.0, n * (entry * low) * (1.0 - factor) - 4 * n * TINY), above
+
+
+def expected(n: int, entry: float, layers: int, loss: float = 0.0) -> dict[str, float]:
+    """Bounds of a power of the constant matrix, whose every sum is exact before it is moved outward."""
+    low = high = 1.0
+    for _ in range(layers):
+        low, high = enclosed(n, low, high, entry, loss)
+    sums_low, sums_high = low, high
+    for _ in range(layers):
+        low, high = enclosed(n, low, high, entry, loss)
+    schur = np.sqrt(sums_high) * np.sqrt(sums_high) * (1.0 + 4 * TWO_U)
+    collatz = np.sqrt(high * (1.0 + 2 * TWO_U) + 4 * TINY) * (1.0 + 2 * TWO_U)
+    above = (n + 10) * TWO_U
+
+    def ratio(numerator: float, denominator: float) -> float:
+        root = np.sqrt(float(n))
+        return numerator * root * (1.0 - above) / (denominator * root * (1.0 + above))
+
+    lower = max(ratio(sums_low, 1.0), ratio(low, sums_high), entry if layers == 1 else 0.0)
+    return {
+        "absolute_row_sums": sums_high,
+        "sums_radius": (sums_high - sums_low) * (1.0 + 2 * TWO_U),
+        "norm2_upper": min(schur, collatz),
+        "norm2_lower": lower,
+    }
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("layers", "log2_entry"), [(1, 0), (2, 0), (3, 0), (3, -2), (3, -150), (3, 150), (1, -510), (1, -900), (1, 500)]
+)
+@pytest.mark.parametrize("n", [2, 4])
+def test_bounds_of_constant_matrices_bit_for_bit(n: int, layers: int, log2_entry: int, num_steps: int) -> None:
+    entry = 2.0**log2_entry
+    stack = np.full((layers, n, n), entry)
+    certificate = certify_product(stack, num_steps=num_steps)
+    for field, value in expected(n, entry, layers).items():
+        assert (getattr(certificate, field) == value).all(), field
+    assert (certificate.absolute_column_sums == certificate.absolute_row_sums).all()
+    for sums in (certificate.row_sums, certificate.column_sums):
+        assert (sums == (n * entry) ** layers).all()
+    assert certificate.row_error == (abs((n * entry) ** layers - 1) + certificate.sums_radius) * (1.0 + 4 * TWO_U)
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_what_underflow_may_take_is_four_normal_numbers_for_each_entry(n: int) -> None:
+    certificate = certify(np.zeros((n, n)))
+    assert (certificate.absolute_row_sums == 4 * n * TINY).all()
+    assert certificate.sums_radius == pytest.approx(4 * n * TINY, rel=1e-14)
+    assert certificate.norm2_upper == certificate.norm2_lower == 0.0
+
+
+@pytest.mark.parametrize(("dtype", "loss"), [(np.float32, TINY32), (np.float64, TINY)])
+def test_a_device_that_flushes_subnormals_gets_wider_bounds_and_nothing_exact(
+    dtype: Any, loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates._Product, "_flushes_subnormals", lambda self, single: True)
+    for entry in (1.0, 2.0**-100, 0.0):
+        certificate = certify(np.full((4, 4), entry, dtype=dtype))
+        for field, value in expected(4, entry, 1, loss).items():
+            assert (getattr(certificate, field) == value).all(), field
+    assert certify(np.eye(3, dtype=dtype)).provenance is Provenance.enclosure
+
+
+def test_torch_is_asked_whether_it_flushes_subnormals() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.float64):
+        identity = torch.eye(3, dtype=dtype)
+        assert certify(identity).provenance is Provenance.exact
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush")
+        try:
+            assert certify(identity).provenance is Provenance.enclosure
+        finally:
+            torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("entries", [1, 40, 200, 1000])
+def test_blocks_bound_the_memory_and_change_no_bound(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk holds at most the block in all its factors (or one matrix), and a row block likewise (or one row)."""
+    stack = np.random.default_rng(0).random((7, 3, 4, 4))
+    whole = certify_product(stack)
+    monkeypatch.setattr(certificates, "_BLOCK_ENTRIES", {"cpu": entries})
+    chunks: list[tuple[int, int]] = []
+    real = certificates._bounds
+
+    def watched(product: Any, num_steps: int) -> Any:
+        chunks.append((product.batch, product.rows_per_block))
+        return real(product, num_steps)
+
+    monkeypatch.setattr(certificates, "_bounds", watched)
+    blocked = certify_product(stack)
+    assert [batch for batch, _ in chunks] == _pieces(7, max(1, entries // (3 * 16)))
+    assert all(rows == max(1, min(4, entries // (batch * 4))) for batch, rows in chunks)
+    for field in ("norm2_lower", "norm2_upper", "row_sums", "column_sums"):
+        np.testing.assert_allclose(getattr(blocked, field), getattr(whole, field), rtol=1e-14)
+
+
+def _pieces(count: int, size: int) -> list[int]:
+    return [min(size, count - start) for start in range(0, count, size)]
