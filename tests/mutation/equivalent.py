@@ -82,6 +82,16 @@ EQUIVALENT: tuple[Equivalent, ...] = (
                "keyword-only fields of a class that adds none"),
     Equivalent("birkhoff.solvers.sinkhorn_knopp", (("push_start", "0", "1"),),
                "not reached: forward and second derivatives are those of the log solver, for any range"),
+    Equivalent("birkhoff.solvers.range_cap", (("cap", "logits < floor", "logits <= floor"),),
+               "where equal, either is right"),
+    Equivalent("birkhoff.solvers.range_cap", (("pull_cap", "1.0", "2.0"), ("push_cap", "1.0", "2.0")),
+               "adds a constant to a first-normalised line, which changes nothing, or a sum over it, which is zero"),
+    Equivalent("birkhoff.solvers.protocol", (
+        ("to_text", "_write(solver) if text is None else text", "_write(solver) if not text is None else text"),
+        ("to_text", "text is None", "text is not None"),
+    ), "the text that was kept is what would be written again; keeping it spares a tracer"),
+    Equivalent("birkhoff._math", (("module", "87.0", "174.0"), ("module", "708.0", "1416.0")),
+               "terms below the smallest normal number in a sum of at least one: time, not values"),
     Equivalent("birkhoff.solvers.range_cap", (("_masks", "logits < peak - range_cap", "logits <= peak - range_cap"),),
                "a logit exactly at the cap: a kink, where either one-sided derivative is right"),
     Equivalent("birkhoff.solvers.euclidean", (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.operators import mutants
-from tests.mutation.patch import change_code, is_inside_functions
+from tests.mutation.patch import can_change, change_code
 from tests.mutation.targets import TARGETS
 
 
@@ -43,6 +44,7 @@ SOURCE = """
 from functools import cache
 
 LIMIT = 3
+_OFFSET = 10
 
 @cache
 def double(x):
@@ -53,7 +55,7 @@ class Scale:
 
     @property
     def shown(self):
-        return self.factor + LIMIT
+        return self.factor + LIMIT + _OFFSET
 
     @staticmethod
     def halve(x):
@@ -61,18 +63,20 @@ class Scale:
 """
 
 
-def test_changed_code_reaches_every_name_of_a_function() -> None:
+def test_changed_code_reaches_every_name_of_a_function(tmp_path: Path) -> None:
+    (tmp_path / "changed.py").write_text(SOURCE, encoding="utf-8")
     module = types.ModuleType("changed")
-    module.__file__ = "changed.py"
+    module.__file__ = str(tmp_path / "changed.py")
     exec(SOURCE, module.__dict__)
     kept, instance = module.double, module.Scale()
-    assert (kept(4), instance.shown, instance.halve(4)) == (8, 5, 2)
+    assert (kept(4), instance.shown, instance.halve(4)) == (8, 15, 2)
     changed = SOURCE.replace("2 * x", "3 * x").replace("factor + LIMIT", "factor - LIMIT").replace("x / 2", "x / 4")
-    assert is_inside_functions(SOURCE, changed)
+    changed = changed.replace("_OFFSET = 10", "_OFFSET = 20")
+    assert can_change(SOURCE, changed)
     change_code(module, changed)
-    assert (kept(4), instance.shown, instance.halve(4)) == (12, -1, 1)
+    assert (kept(4), instance.shown, instance.halve(4)) == (12, 19, 1)
     for before, after in (("LIMIT = 3", "LIMIT = 4"), ("factor = 2", "factor = 3"), ("@cache\n", "")):
-        assert not is_inside_functions(SOURCE, SOURCE.replace(before, after))
+        assert not can_change(SOURCE, SOURCE.replace(before, after))
 
 
 @pytest.mark.slow

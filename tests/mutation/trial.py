@@ -28,7 +28,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from tests.mutation.operators import Mutant
-from tests.mutation.patch import change_code, is_inside_functions
+from tests.mutation.patch import can_change, change_code
 from tests.mutation.targets import ROOT, Target
 
 __all__ = ["Broken", "try_all"]
@@ -64,7 +64,7 @@ def try_all(target: Target, wanted: Iterable[Mutant], effort: Any, report: Repor
     source = target.path.read_text(encoding="utf-8")
     quick, whole = [], []
     for mutant in wanted:
-        (quick if is_inside_functions(source, mutant.source) else whole).append(mutant)
+        (quick if can_change(source, mutant.source) else whole).append(mutant)
     if whole:  # before this process has loaded what cannot be loaded twice, torch's operators
         verdict = _in_child(lambda: _imported_anew(target, source, effort))
         if verdict != "survived":
