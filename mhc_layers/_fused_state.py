@@ -12,7 +12,7 @@ from mhc_layers.models.norm import RMSNorm
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
 
-__all__ = ["FusedState", "SiteParams", "fused_norm"]
+__all__ = ["FusedState", "SiteParams", "fused_norm", "token_rows"]
 
 
 class SiteParams(NamedTuple):
@@ -81,3 +81,15 @@ def fused_norm(site: HyperConnection, x: Tensor) -> tuple[Tensor | None, float]:
     if weight is None or weight.shape != x.shape[-1:] or hasattr(weight, "placements") or weight.dtype == torch.float64:
         return None, 0.0
     return weight.to(torch.float32), torch.finfo(x.dtype).eps if eps is None else eps
+
+
+def token_rows(previous: Tensor) -> Tensor:
+    """Coefficients with one stride for all tokens: a slice of contiguous rows, or a row expanded to all tokens."""
+    if previous.stride(-1) == 1 and (previous.dim() <= 2 or not any(previous.stride()[:-1])):
+        return previous
+    base = previous.stride(-2)
+    steps = [base]
+    for size in reversed(previous.shape[1:-1]):
+        steps.insert(0, steps[0] * size)
+    regular = previous.stride(-1) == 1 and tuple(steps) == tuple(previous.stride()[:-1])
+    return previous if regular else previous.contiguous()

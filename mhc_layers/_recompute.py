@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mhc_layers._fused_state import FusedState, fused_norm
+from mhc_layers._fused_state import FusedState, fused_norm, token_rows
 from mhc_layers._operators import register
-from mhc_layers._torch_ops import FusedSite, first_stream, token_rows
+from mhc_layers._torch_ops import FusedSite, first_stream
 from mhc_layers.functional import without_autocast
 from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.table import leaf
@@ -76,7 +76,7 @@ class StreamRebuilder:
     sites : sequence of HyperConnection
         The block.
     x : Tensor
-        Streams that enter it, detached.
+        Streams that enter it, detached; ``(..., 1, C)`` where they are copies of one.
     h_pre : Tensor or None
         Of the site before, where reads are delayed.
     """
@@ -84,10 +84,18 @@ class StreamRebuilder:
     def __init__(self, sites: Sequence[HyperConnection], x: Tensor, h_pre: Tensor | None) -> None:
         self._x = x
         self._sites = sites
+        self._copies = sites[0].num_streams // x.shape[-2]
         self._coefs: list[Tensor] = []
         self._last: tuple[int, int] | None = None
         self._delayed = bool(sites[0].convention.read_delay)
-        self._first_read = (first_stream(x) if h_pre is None else h_pre.detach()) if self._delayed else None
+        self._first_read = (
+            (first_stream(self._entering) if h_pre is None else h_pre.detach()) if self._delayed else None
+        )
+
+    @property
+    def _entering(self) -> Tensor:
+        """The streams that enter the block, all of them."""
+        return self._x.expand(*self._x.shape[:-2], self._sites[0].num_streams, -1)
 
     @staticmethod
     def serves(sites: Sequence[HyperConnection], x: Tensor) -> bool:
@@ -109,7 +117,7 @@ class StreamRebuilder:
         A site saves the streams that it has, then those it makes: a new address is the next number. Older streams may
         have been freed and their address reused, so only the last one is compared.
         """
-        if tensor.shape != self._x.shape or tensor.dtype != self._x.dtype:
+        if tensor.dtype != self._x.dtype or tensor.shape not in (self._x.shape, self._entering.shape):
             return None
         pointer = tensor.data_ptr()
         if self._last is None:
@@ -124,7 +132,7 @@ class StreamRebuilder:
         reads = coefs if self._first_read is None else [self._first_read, *coefs[:-1]]
         fs = [output.detach().to(self._x.dtype) for output in outputs[: len(coefs) - 1]]
         with torch.no_grad():
-            xs, us = RECOMPUTE_BLOCK(self._x, fs, coefs[:-1], list(reads))
+            xs, us = RECOMPUTE_BLOCK(self._entering, fs, coefs[:-1], list(reads))
             us = [self._normed(site, u) for site, u in zip(self._sites, us, strict=True)]
         return [self._x, *xs], us
 

@@ -36,7 +36,11 @@ class SiteState(NamedTuple):
 
 
 class SiteImplementation(Protocol):
-    """The three steps of a site."""
+    """The three steps of a site.
+
+    An object whose ``folds_broadcast`` is true takes streams ``(..., 1, C)`` in place of n equal ones, in ``pre`` and
+    then in the ``post`` or ``boundary`` of the same site; others are always given all n.
+    """
 
     def pre(self, x: Tensor, site: HyperConnection, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
         """From streams ``(..., n, C)`` to the sublayer's input ``(..., C)``, after ``site.input_norm`` if it has one.

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from mhc_layers._boundary_ops import boundary
-from mhc_layers._fused_state import FusedState, SiteParams, fused_norm
+from mhc_layers._broadcast_ops import broadcast_post, broadcast_pre
+from mhc_layers._fused_state import FusedState, SiteParams, fused_norm, token_rows
 from mhc_layers._operators import apply, batched, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
 from mhc_layers._sites import FUNCTIONAL, SiteState
 from mhc_layers.conventions import Convention
-from mhc_layers.functional import without_autocast
+from mhc_layers.functional import expand_streams, without_autocast
 from mhc_layers.kernels import plain
 from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.options import options_key, padded_rows, site_options
@@ -33,7 +34,7 @@ from mhc_layers.kernels.table import leaf
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
 
-__all__ = ["FusedSite", "first_stream", "fused_site", "split_coefficients", "token_rows"]
+__all__ = ["FusedSite", "first_stream", "fused_site", "split_coefficients"]
 
 
 def split_coefficients(coef: Tensor, num_streams: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,18 +88,6 @@ def pre_forward(
         else:
             u, inverse = leaf("read_norm_forward", x)(x, read, norm.contiguous(), norm_eps)
     return u, coef, proj, rstd, inverse
-
-
-def token_rows(previous: Tensor) -> Tensor:
-    """Coefficients with one stride for all tokens: a slice of contiguous rows, or a row expanded to all tokens."""
-    if previous.stride(-1) == 1 and (previous.dim() <= 2 or not any(previous.stride()[:-1])):
-        return previous
-    base = previous.stride(-2)
-    steps = [base]
-    for size in reversed(previous.shape[1:-1]):
-        steps.insert(0, steps[0] * size)
-    regular = previous.stride(-1) == 1 and tuple(steps) == tuple(previous.stride()[:-1])
-    return previous if regular else previous.contiguous()
 
 
 def _fake_pre_forward(
@@ -380,6 +369,8 @@ class FusedSite:
         Of every site that this object runs.
     """
 
+    folds_broadcast = True
+
     def __init__(self, convention: Convention) -> None:
         self.convention = convention
         self.options = options_key(convention)
@@ -388,16 +379,21 @@ class FusedSite:
         self, x: Tensor, site: HyperConnection, previous: Tensor | None = None
     ) -> tuple[Tensor, FusedState | SiteState]:
         """Read: ``u (..., C)`` and the state for :meth:`post`."""
-        params = SiteParams.of(site)
-        if x.dtype == torch.float64 or hasattr(params.phi, "placements"):
+        params, folded = SiteParams.of(site), x.shape[-2] != site.num_streams
+        plainly = x.dtype == torch.float64 or hasattr(params.phi, "placements")
+        if folded and (plainly or _forward_mode()):
+            x, folded = expand_streams(x.squeeze(-2), site.num_streams), False
+        if plainly:
             return FUNCTIONAL.pre(x, site, previous)
         options = self.options
         if not self.convention.read_delay:
             previous = None
         elif previous is None:
-            previous = first_stream(x)
+            previous = first_stream(x.expand(*x.shape[:-2], site.num_streams, -1))
         norm, norm_eps = fused_norm(site, x)
-        if _forward_mode():
+        if folded:
+            u, state = broadcast_pre(x, params, previous, options, norm, norm_eps)
+        elif _forward_mode():
             u, coef, proj, rstd = pre_composite(x, params, previous, options, norm, norm_eps)
             state = FusedState(coef, x, proj, rstd, params, options)
         else:
@@ -409,8 +405,12 @@ class FusedSite:
         """Write: the next streams."""
         if not isinstance(state, FusedState):
             return FUNCTIONAL.post(x, f, state)
+        folded = x.shape[-2] != state.num_streams
         if _forward_mode():
+            x = expand_streams(x.squeeze(-2), state.num_streams) if folded else x
             return plain.write_forward(x, f, state.coef)
+        if folded:
+            return broadcast_post(x, f, state)
         return apply(Post, x, state.link, f.to(x.dtype), state.coef, state.proj, *state.params, state.options)
 
     def boundary(
@@ -418,7 +418,8 @@ class FusedSite:
     ) -> tuple[Tensor, Tensor, FusedState | SiteState]:
         """``post`` of a site and ``pre`` of the next one, in one pass over the streams where they are fused."""
         params = SiteParams.of(next_site)
-        if not isinstance(state, FusedState) or hasattr(params.phi, "placements") or _forward_mode():
+        sharded = hasattr(params.phi, "placements")
+        if not isinstance(state, FusedState) or x.shape[-2] != state.num_streams or sharded or _forward_mode():
             x = self.post(x, f, state)
             return x, *self.pre(x, next_site, state.h_pre)
         norm, norm_eps = fused_norm(next_site, x)

@@ -277,44 +277,58 @@ class HyperConnection(KeepsFloat32):
         >>> torch.allclose(h_res.sum(-1), torch.ones(2, 4))
         True
         """
-        self._check(x)
+        self._check(x, self.num_streams)
         h_pre, h_post, h_res, _ = self.threaded_maps(x)
         if h_res is None:
             eye = torch.eye(self.num_streams, dtype=h_pre.dtype, device=h_pre.device)
             h_res = eye.expand(*x.shape[:-2], -1, -1)
         return h_pre, h_post, h_res
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[-2] != self.num_streams or x.shape[-1] != self.dim:
+    def _check(self, x: Tensor, num_streams: int) -> None:
+        if x.dim() < 2 or x.shape[-2] != num_streams or x.shape[-1] != self.dim:
             raise ValueError(
-                f"Streams must end in (num_streams, dim) = ({self.num_streams}, {self.dim}), got shape "
+                f"Streams must end in (num_streams, dim) = ({num_streams}, {self.dim}), got shape "
                 f"{tuple(x.shape)}; make them once with expand_streams(e, {self.num_streams})."
+                if num_streams == self.num_streams
+                else f"With broadcast=True one stream (..., 1, {self.dim}) stands for all, got shape {tuple(x.shape)}."
             )
         if not x.is_floating_point():
             raise TypeError(f"Streams must have a floating dtype, got {x.dtype}.")
 
-    def pre(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, SiteState]:
+    def pre(self, x: Tensor, previous: Tensor | None = None, *, broadcast: bool = False) -> tuple[Tensor, SiteState]:
         """Read: the sublayer's input ``(..., C)``, after :attr:`input_norm`, and the state that :meth:`post` needs.
 
         ``previous`` is the ``h_pre`` of the site before, needed where ``convention.read_delay`` is 1; None there means
-        that this is the first site.
+        that this is the first site. With ``broadcast``, ``x (..., 1, C)`` stands for n equal streams, as they are after
+        the embedding: the fused kernels read it once instead of n times, and :meth:`post` takes it as it is.
         """
-        self._check(x)
+        if broadcast:
+            self._check(x, 1)
+            x = self._whole(x)
+        else:
+            self._check(x, self.num_streams)
         u, state = self._implementation.pre(x, self, previous)
         if self._capture is not None:
-            self._capture.keep(self, x, state)
+            self._capture.keep(self, x.expand(*x.shape[:-2], self.num_streams, -1), state)
         return u, state
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Copy one stream that stands for n equal ones, unless the implementation takes it as it is."""
+        if x.shape[-2] == self.num_streams or getattr(self._implementation, "folds_broadcast", False):
+            return x
+        return functional.expand_streams(x.squeeze(-2), self.num_streams)
 
     def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
         """Write: the next streams from those that entered, the sublayer's output and the state."""
         self._check_output(f, x)
-        return self._implementation.post(x, f, state)
+        return self._implementation.post(self._whole(x), f, state)
 
     def boundary(
         self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
     ) -> tuple[Tensor, Tensor, SiteState]:
         """:meth:`post` of this site and :meth:`pre` of the next one, fused where both run the same row."""
         self._check_output(f, x)
+        x = self._whole(x)
         if next_site._implementation is self._implementation:
             x, u, state = self._implementation.boundary(x, f, state, next_site)
         else:

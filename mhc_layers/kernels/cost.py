@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from mhc_layers.kernels.options import streams_of
+
 __all__ = ["bytes_moved", "register_formulas"]
 
 
@@ -58,6 +60,29 @@ def _recompute_block_flops(x: tuple[int, ...], fs: Any, coefs: Any, reads: Any, 
     return len(reads) * 2 * tokens * n * c + len(fs) * _post_forward_flops(x)
 
 
+def _broadcast_pre_forward_flops(e: tuple[int, ...], phi: tuple[int, ...], *_: Any, **__: Any) -> int:
+    tokens, _, c = _sizes(e)
+    return 2 * tokens * c * (phi[0] + 1 + streams_of(phi[0]))
+
+
+def _broadcast_post_forward_flops(
+    e: tuple[int, ...], f: tuple[int, ...], coef: tuple[int, ...], *_: Any, **__: Any
+) -> int:
+    tokens, _, c = _sizes(e)
+    n = streams_of(coef[-1])
+    return 2 * tokens * n * (n + 1) * c
+
+
+def _broadcast_post_backward_flops(g: tuple[int, ...], *_: Any, **__: Any) -> int:
+    tokens, n, c = _sizes(g)
+    return 2 * tokens * 3 * n * c
+
+
+def _broadcast_pre_backward_flops(e: tuple[int, ...], phi: tuple[int, ...], *_: Any, **__: Any) -> int:
+    tokens, _, c = _sizes(e)
+    return 2 * tokens * c * (2 * phi[0] + streams_of(phi[0]) + 3)
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "pre_forward": _pre_forward_flops,
     "post_forward": _post_forward_flops,
@@ -66,6 +91,10 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "boundary_forward": _boundary_forward_flops,
     "boundary_backward": _boundary_backward_flops,
     "recompute_block": _recompute_block_flops,
+    "broadcast_pre_forward": _broadcast_pre_forward_flops,
+    "broadcast_post_forward": _broadcast_post_forward_flops,
+    "broadcast_post_backward": _broadcast_post_backward_flops,
+    "broadcast_pre_backward": _broadcast_pre_backward_flops,
 }
 
 

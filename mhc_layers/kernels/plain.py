@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_layers.kernels.options import SiteOptions, padded_rows
+from mhc_layers.kernels.options import SiteOptions, padded_rows, streams_of
 
 __all__ = [
     "boundary_forward",
+    "broadcast_streams_backward",
+    "broadcast_write_backward",
+    "broadcast_write_forward",
     "finish",
     "finish_backward",
     "norm_rows",
@@ -117,8 +120,14 @@ def _logits(proj: Tensor, alphas: tuple[Tensor, Tensor, Tensor], bias: Tensor, n
     return alphas[0] * pre + bias_pre, alphas[1] * post + bias_post, res.unflatten(-1, (n, n))
 
 
-def read_forward(x: Tensor, coef: Tensor) -> Tensor:
-    """``u = sum_i h_pre[i] x[i]``; ``coef`` starts with h_pre."""
+def _copied(x: Tensor, copies: int) -> Tensor:
+    """The streams that the only one of ``x (..., 1, C)`` stands for."""
+    return x if copies == 1 else x.expand(*x.shape[:-2], copies, -1)
+
+
+def read_forward(x: Tensor, coef: Tensor, *, copies: int = 1) -> Tensor:
+    """``u = sum_i h_pre[i] x[i]``; ``coef`` starts with h_pre. One stream may stand for ``copies`` equal ones."""
+    x = _copied(x, copies)
     h_pre = coef[..., : x.shape[-2]].unsqueeze(-1)
     return (h_pre * x.to(_wide(x, coef))).sum(-2).to(x.dtype)
 
@@ -237,9 +246,9 @@ def norm_rows(u: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * inverse.unsqueeze(-1) * weight).to(u.dtype), inverse
 
 
-def read_norm_forward(x: Tensor, coef: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def read_norm_forward(x: Tensor, coef: Tensor, weight: Tensor, eps: float, *, copies: int = 1) -> tuple[Tensor, Tensor]:
     """:func:`read_forward`, then the norm of what it returned."""
-    return norm_rows(read_forward(x, coef), weight, eps)
+    return norm_rows(read_forward(x, coef, copies=copies), weight, eps)
 
 
 def read_norm_backward(
@@ -252,8 +261,11 @@ def read_norm_backward(
     bias: Tensor,
     options: SiteOptions,
     read: Tensor | None = None,
+    *,
+    copies: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Phase B1 through the norm: ``du = s (a - s^2 <a, u> u / C)`` with ``a = weight dv``; ``<du, x[i]>``; dweight."""
+    x = _copied(x, copies)
     n, dim = x.shape[-2:]
     if read is None:
         read = torch.sigmoid(alpha_pre * proj[..., :n] + bias[:n]) + options.eps_pre
@@ -263,3 +275,30 @@ def read_norm_backward(
     du = scale * (a - scale.square() * (a * u).sum(-1, keepdim=True) / dim * u)
     dots = (x.to(proj.dtype) * du.unsqueeze(-2)).sum(-1)
     return du.to(gv.dtype), dots, (wide * u * scale).flatten(0, -2).sum(0)
+
+
+def broadcast_write_forward(e: Tensor, f: Tensor, coef: Tensor) -> Tensor:
+    """:func:`write_forward` of n copies of ``e (..., 1, C)``."""
+    return write_forward(_copied(e, streams_of(coef.shape[-1])), f, coef)
+
+
+def broadcast_write_backward(
+    g: Tensor, e: Tensor, f: Tensor, proj: Tensor, alpha_post: Tensor, bias: Tensor, options: SiteOptions
+) -> tuple[Tensor, Tensor]:
+    """:func:`write_backward` of n copies: ``dh_res[o, i] = <g[o], e>`` for every i."""
+    return write_backward(g, _copied(e, g.shape[-2]), f, proj, alpha_post, bias, options)
+
+
+def broadcast_streams_backward(
+    e: Tensor, g: Tensor | None, gu: Tensor | None, mix: Tensor, dz: Tensor, phi: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum over n equal streams of dx, and dphi summed over them; ``phi (N, C)`` is summed as well."""
+    num_rows, dim = phi.shape
+    n = streams_of(num_rows)
+    wide, dz = e.reshape(-1, dim).to(mix.dtype), dz.to(mix.dtype).sum(1)[:, :num_rows]
+    de = dz @ phi.to(mix.dtype) + mix[:, 0, n + 1, None] * wide
+    if g is not None:
+        de = de + (mix[:, :, :n].sum(1).unsqueeze(1) @ _tokens(g).to(mix.dtype)).squeeze(1)
+    if gu is not None:
+        de = de + mix[:, :, n].sum(1, keepdim=True) * gu.reshape(-1, dim).to(mix.dtype)
+    return de.to(e.dtype).view_as(e), (dz.mT @ wide).unsqueeze(0)

@@ -155,6 +155,9 @@ LEAVES: dict[str, Table[LeafFacts]] = {
     "write_backward": _table("write_backward", "write_backward"),
     "read_backward": _table("read_backward", "read_backward"),
     "read_norm_backward": _row_table("read_norm_backward", "read_norm_backward"),
+    "broadcast_write_forward": _table("broadcast_write_forward", "broadcast"),
+    "broadcast_write_backward": _table("broadcast_write_backward", "broadcast"),
+    "broadcast_streams_backward": _table("broadcast_streams_backward", "broadcast"),
     "finish_backward": _table("finish_backward", "coefficients_backward"),
     "streams_backward": _streams_backward_table(),
     "streams_backward_chained": Table(

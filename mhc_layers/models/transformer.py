@@ -43,8 +43,8 @@ class StepContext:
 class WalkState(NamedTuple):
     """What passes from one stretch of sites to the next.
 
-    ``x (B, T, n, C)``; ``h_pre (B, T, n)`` of the last site, or None (needed where reads are delayed); the summed
-    auxiliary loss, 0-d, or None.
+    ``x (B, T, n, C)``, or ``(B, T, 1, C)`` for equal streams before the first site; ``h_pre (B, T, n)`` of the last
+    site, or None (needed where reads are delayed); the summed auxiliary loss, 0-d, or None.
     """
 
     x: Tensor
@@ -149,10 +149,19 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens ``(B, T)`` to streams ``(B, T, n, C)``, all equal; in autocast they have its dtype."""
+        return functional.expand_streams(self._embeddings(tokens), self.config.num_streams)
+
+    def first_streams(self, tokens: Tensor) -> Tensor:
+        """:meth:`embed`, or ``(B, T, 1, C)`` in place of equal streams where the first site reads them as one."""
+        if getattr(cast(HyperConnection, self.sites[0]).implementation, "folds_broadcast", False):
+            return self._embeddings(tokens).unsqueeze(-2)
+        return self.embed(tokens)
+
+    def _embeddings(self, tokens: Tensor) -> Tensor:
         e = self.embedding(tokens)
         if torch.is_autocast_enabled(e.device.type):
             e = e.to(torch.get_autocast_dtype(e.device.type))
-        return functional.expand_streams(e, self.config.num_streams)
+        return e
 
     def context(self, num_tokens: int, caches: Sequence[LayerCache] | None = None) -> StepContext:
         """Prepare what the sublayers need for ``num_tokens`` new tokens.
@@ -177,7 +186,7 @@ class Transformer(nn.Module):
         if not sites:
             return state
         x, h_pre, aux_loss = state
-        u, site_state = sites[0].pre(x, h_pre)
+        u, site_state = sites[0].pre(x, h_pre, broadcast=x.shape[-2] < sites[0].num_streams)
         for index, site in enumerate(sites):
             result = cast(Callable[..., Any], site.sublayer)(u, context)
             if isinstance(result, tuple):
@@ -195,7 +204,7 @@ class Transformer(nn.Module):
 
     def run(self, tokens: Tensor, caches: Sequence[LayerCache] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the logits and the weighted auxiliary loss (None for a dense model) of tokens ``(B, T)``."""
-        state, context = WalkState(self.embed(tokens)), self.context(tokens.shape[1], caches)
+        state, context = WalkState(self.first_streams(tokens)), self.context(tokens.shape[1], caches)
         block = 2 * self.config.recompute_layers
         if block and torch.is_grad_enabled() and caches is None:
             for start in range(0, len(self.sites), block):

@@ -342,7 +342,7 @@ class _Block:
         self, x: Tensor, h_pre: Tensor | None, sublayer: Callable[[int, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Run the connections of the block around ``sublayer(index, u)``."""
-        u, state = self.sites[0].pre(x, h_pre)
+        u, state = self.sites[0].pre(x, h_pre, broadcast=x.shape[-2] < self.sites[0].num_streams)
         for index, site in enumerate(self.sites):
             if self.rebuilder is not None:
                 self.rebuilder.see(state)

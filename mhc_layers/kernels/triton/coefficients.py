@@ -228,7 +228,8 @@ def project_launch(
     """The launch of the projection, and the number of slabs it writes."""
     k = num_streams * dim
     if config is None:
-        config = project_config(num_tokens, num_streams, dim, dtype.itemsize, num_sms(device), capability(device))
+        n = streams_of(num_rows)  # one stream may stand for n equal ones
+        config = project_config(num_tokens, n, max(1, k // n), dtype.itemsize, num_sms(device), capability(device))
     # a split covers a whole number of steps, so the last one may be short but none is empty
     all_steps = cdiv(k, config.block_k)
     steps = cdiv(all_steps, config.num_splits)

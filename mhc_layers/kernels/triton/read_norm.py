@@ -60,6 +60,7 @@ def read_norm_forward_kernel(
     COEF_STRIDE: tl.constexpr,
     C: tl.constexpr,
     n: tl.constexpr,
+    STORED: tl.constexpr,
     UNIT: tl.constexpr,
     TILES: tl.constexpr,
     BT: tl.constexpr,
@@ -69,7 +70,7 @@ def read_norm_forward_kernel(
     tok = tl.program_id(0) * BT + tl.arange(0, BT)
     live = tok < M
     tok64 = tok.to(tl.int64)
-    x_rows = X + tok64[:, None] * (n * C)
+    x_rows = X + tok64[:, None] * (STORED * C)
     h = ()
     if not UNIT:
         for i in tl.static_range(n):
@@ -87,7 +88,7 @@ def read_norm_forward_kernel(
         else:
             total = tl.zeros((BT, BC), tl.float32)
             for i in tl.static_range(n):
-                total += h[i] * tl.load(x_rows + (i * C + c)[None, :], mask=mask, other=0.0).to(tl.float32)
+                total += h[i] * tl.load(x_rows + ((i % STORED) * C + c)[None, :], mask=mask, other=0.0).to(tl.float32)
             u = total.to(X.dtype.element_ty)
         wide = u.to(tl.float32)
         squares += wide * wide
@@ -108,6 +109,7 @@ def read_norm_forward(
     weight: torch.Tensor,
     eps: float,
     *,
+    copies: int = 1,
     config: NormConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the streams and normalise the result.
@@ -123,6 +125,8 @@ def read_norm_forward(
         The norm's gain ``[C]`` fp32.
     eps : float
         Added to the mean square, inside the root.
+    copies : int
+        How many equal streams the only one of ``x (..., 1, C)`` stands for.
     config : NormConfig, optional
         Replaces the table's launch shape.
 
@@ -139,7 +143,7 @@ def read_norm_forward(
     inverse = torch.empty(lead, dtype=torch.float32, device=x.device)
     if num_tokens:
         stride = None if coef is None else coef.stride(-2)
-        start = _launch(num_tokens, num_streams, dim, stride, eps, x.dtype, config)
+        start = _launch(num_tokens, num_streams, dim, stride, eps, x.dtype, config, copies)
         start(x, weight if coef is None else coef, weight, out, inverse)
     return out, inverse
 
@@ -153,13 +157,15 @@ def _launch(
     eps: float,
     dtype: torch.dtype,
     config: NormConfig | None,
+    copies: int,
 ) -> Launch:
     if config is None:
         config = norm_config(dim, dtype.itemsize, 8)
     constants = {
         "COEF_STRIDE": coef_stride or 0,
         "C": dim,
-        "n": num_streams,
+        "n": num_streams * copies,
+        "STORED": num_streams,
         "UNIT": coef_stride is None,
         "TILES": config.num_tiles,
         "BT": config.block_tokens,

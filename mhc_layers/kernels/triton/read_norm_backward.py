@@ -47,12 +47,14 @@ def read_norm_backward_kernel(
     eps_pre,
     C: tl.constexpr,
     n: tl.constexpr,
+    STORED: tl.constexpr,
     HAS_READ: tl.constexpr,
     READ_STRIDE: tl.constexpr,
     TILES: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     N: tl.constexpr = n * (n + 2)
     begin = tl.program_id(0) * SPAN
@@ -60,7 +62,7 @@ def read_norm_backward_kernel(
     dweight = ()
     for _ in tl.static_range(TILES):
         dweight = dweight + (tl.zeros((BT, BC), tl.float32),)
-    for t in range(begin, end, BT):
+    for t in tl.range(begin, end, BT, num_stages=STAGES):
         tok = t + tl.arange(0, BT)
         live = tok < end
         tok64 = tok.to(tl.int64)
@@ -93,7 +95,7 @@ def read_norm_backward_kernel(
             x = ()
             total = tl.zeros((BT, BC), tl.float32)
             for i in tl.static_range(n):
-                at = tok64[:, None] * (n * C) + (i * C + c)[None, :]
+                at = tok64[:, None] * (STORED * C) + ((i % STORED) * C + c)[None, :]
                 x = x + (tl.load(X + at, mask=mask, other=0.0).to(tl.float32),)
                 total += h[i][:, None] * x[i]
             stored = total.to(X.dtype.element_ty)
@@ -164,8 +166,10 @@ def read_norm_backward(
     options: SiteOptions,
     read: torch.Tensor | None = None,
     *,
+    copies: int = 1,
     config: NormConfig | None = None,
     programs: int = PROGRAMS,
+    stages: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u, of h_pre as read, and of the norm's gain.
 
@@ -187,6 +191,8 @@ def read_norm_backward(
         The convention.
     read : Tensor, optional
         ``(..., n)``, the coefficients the site was read with, where these are not its own (one stride for all tokens).
+    copies : int
+        How many equal streams the only one of ``x (..., 1, C)`` stands for; their gradients of h_pre are equal.
     config : NormConfig, optional
         Replaces the table's launch shape.
     programs : int
@@ -201,8 +207,8 @@ def read_norm_backward(
     dweight : Tensor
         ``[C]`` fp32.
     """
-    *lead, num_streams, dim = x.shape
-    num_tokens = x.numel() // (num_streams * dim)
+    *lead, stored, dim = x.shape
+    num_tokens, num_streams = x.numel() // (stored * dim), stored * copies
     gu = torch.empty_like(gv)
     dots = torch.empty((*lead, num_streams), dtype=torch.float32, device=x.device)
     if num_tokens == 0:
@@ -210,6 +216,7 @@ def read_norm_backward(
     backward, reduction, num_slabs = _launches(
         num_tokens,
         num_streams,
+        copies,
         dim,
         None if read is None else read.stride(-2),
         options,
@@ -217,6 +224,7 @@ def read_norm_backward(
         x.device,
         config,
         programs,
+        stages,
     )
     slabs = torch.empty((num_slabs, dim), dtype=torch.float32, device=x.device)
     dweight = torch.empty((dim,), dtype=torch.float32, device=x.device)
@@ -230,6 +238,7 @@ def read_norm_backward(
 def _launches(
     num_tokens: int,
     num_streams: int,
+    copies: int,
     dim: int,
     read_stride: int | None,
     options: SiteOptions,
@@ -237,6 +246,7 @@ def _launches(
     device: torch.device,
     config: NormConfig | None,
     programs: int,
+    stages: int,
 ) -> tuple[Launch, Launch, int]:
     if config is None:
         config = backward_config(num_streams, dim, dtype.itemsize)
@@ -245,12 +255,14 @@ def _launches(
     constants = {
         "C": dim,
         "n": num_streams,
+        "STORED": num_streams // copies,
         "HAS_READ": read_stride is not None,
         "READ_STRIDE": read_stride or 0,
         "TILES": config.num_tiles,
         "BT": config.block_tokens,
         "BC": config.block_channels,
         "V": 16 // dtype.itemsize,
+        "STAGES": stages,
     }
     scalars = (num_tokens, span, 1.0 / dim, options.eps_pre)
     backward = Launch(read_norm_backward_kernel, (num_slabs,), scalars, constants, config.num_warps)

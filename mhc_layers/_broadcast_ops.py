@@ -1,0 +1,337 @@
+"""The first site of a model as operators: its n streams are copies of one embedding e, which is read in their place.
+
+The same functions of e as the site's of n equal streams (``docs/derivations/broadcast_first_site``): the projection
+uses phi summed over the streams, the gradient of e is the sum of theirs. Streams of the shape ``(..., 1, C)`` stand for
+the copies. Two pairs of operators and two Functions, as in :mod:`mhc_layers._torch_ops`.
+
+Shape legend: ... tokens, n streams, C channels, N = n(n + 2) coefficients; e is ``(..., 1, C)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mhc_layers._fused_state import FusedState, SiteParams, token_rows
+from mhc_layers._operators import apply, batched, register
+from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
+from mhc_layers.functional import without_autocast
+from mhc_layers.kernels.cost import register_formulas
+from mhc_layers.kernels.options import padded_rows, site_options, streams_of
+from mhc_layers.kernels.table import leaf
+
+__all__ = ["broadcast_post", "broadcast_pre"]
+
+
+def _summed(phi: Tensor, num_streams: int) -> Tensor:
+    """Sum of phi over the streams, ``(N, C)``."""
+    return phi.unflatten(1, (num_streams, -1)).sum(1)
+
+
+def broadcast_pre_forward(
+    e: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    options: str,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``pre_forward`` returns for n copies of e."""
+    e, n = e.contiguous(), streams_of(phi.shape[0])
+    with without_autocast(e.device.type):
+        slabs, squares = leaf("project", e)(e, _summed(phi, n))
+        alphas = (alpha_pre, alpha_post, alpha_res)
+        coef, proj, rstd = leaf("finish", e)(
+            slabs, squares, alphas, bias.contiguous(), site_options(options), e.shape[-1], e.shape[:-2]
+        )
+        read = coef if previous is None else token_rows(previous)
+        if norm is None:
+            u, inverse = leaf("read_forward", e)(e, read, copies=n), rstd.new_empty((0,))
+        else:
+            u, inverse = leaf("read_norm_forward", e)(e, read, norm.contiguous(), norm_eps, copies=n)
+    return u, coef, proj, rstd, inverse
+
+
+def _fake_broadcast_pre_forward(
+    e: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    options: str,
+    norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lead, dtype = e.shape[:-2], torch.float64 if e.dtype == torch.float64 else torch.float32
+    return (
+        e.new_empty((*lead, e.shape[-1])),
+        e.new_empty((*lead, phi.shape[0]), dtype=dtype),
+        e.new_empty((*lead, phi.shape[0]), dtype=dtype),
+        e.new_empty(lead, dtype=dtype),
+        e.new_empty((0,) if norm is None else lead, dtype=dtype),
+    )
+
+
+def broadcast_pre_backward(
+    e: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    proj: Tensor,
+    rstd: Tensor,
+    g: Tensor | None,
+    gu: Tensor | None,
+    dcoef: Tensor | None,
+    options: str,
+    norm: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``pre_backward`` returns for n copies of e, with ``de``, the sum of their gradients, first."""
+    e, proj, rstd, bias = e.contiguous(), proj.contiguous(), rstd.contiguous(), bias.contiguous()
+    n, convention = streams_of(phi.shape[0]), site_options(options)
+    read = None if previous is None else token_rows(previous)
+    with without_autocast(e.device.type):
+        g = None if g is None else g.contiguous()
+        gu = None if gu is None else gu.contiguous()
+        dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
+        dots, dnorm = None, None
+        if gu is not None and norm is not None and inverse is not None:
+            gu, dots, dnorm = leaf("read_norm_backward", e)(
+                gu, e, norm.contiguous(), inverse.contiguous(), proj, alpha_pre, bias, convention, read, copies=n
+            )
+        elif gu is not None:
+            dots = leaf("read_backward", e)(gu, e).expand(*proj.shape[:-1], n).contiguous()
+        mix, dz, partials = leaf("finish_backward", e)(
+            proj,
+            rstd,
+            dcoef,
+            dots if read is None else None,
+            (alpha_pre, alpha_post, alpha_res),
+            bias,
+            convention,
+            e.shape[-1],
+            e.dtype,
+            read,
+        )
+        de, slabs = leaf("broadcast_streams_backward", e)(e, g, gu, mix, dz, _summed(phi, n))
+        dphi, dparams = leaf("reduce_slabs", e)(slabs, partials)
+    if previous is None:
+        dprevious = proj.new_empty((0,))
+    else:
+        dprevious = torch.zeros_like(previous, memory_format=torch.contiguous_format) if dots is None else dots
+    if dnorm is None:
+        dnorm = proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
+    return de, dphi.repeat(1, n), dparams, dprevious, dnorm
+
+
+def _fake_broadcast_pre_backward(
+    e: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    previous: Tensor | None,
+    proj: Tensor,
+    rstd: Tensor,
+    g: Tensor | None,
+    gu: Tensor | None,
+    dcoef: Tensor | None,
+    options: str,
+    norm: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        e.new_empty(e.shape),
+        proj.new_empty(phi.shape),
+        proj.new_empty((padded_rows(phi.shape[0]) + 4,)),
+        proj.new_empty((0,) if previous is None else previous.shape),
+        proj.new_empty((0,) if norm is None else norm.shape),
+    )
+
+
+def broadcast_post_forward(e: Tensor, f: Tensor, coef: Tensor) -> Tensor:
+    """``x_next (..., n, C)``, written from n copies of e."""
+    with without_autocast(e.device.type):
+        return leaf("broadcast_write_forward", e)(e.contiguous(), f.contiguous(), coef.contiguous())
+
+
+def _fake_broadcast_post_forward(e: Tensor, f: Tensor, coef: Tensor) -> Tensor:
+    return e.new_empty((*e.shape[:-2], streams_of(coef.shape[-1]), e.shape[-1]))
+
+
+def broadcast_post_backward(
+    g: Tensor, e: Tensor, f: Tensor, proj: Tensor, bias: Tensor, alpha_post: Tensor, options: str
+) -> tuple[Tensor, Tensor]:
+    """``df (..., C)`` and ``dcoef (..., N)`` of g = dL/dx_next."""
+    e = e.contiguous()
+    with without_autocast(e.device.type):
+        return leaf("broadcast_write_backward", e)(
+            g.contiguous(),
+            e,
+            f.contiguous(),
+            proj.contiguous(),
+            alpha_post,
+            bias.contiguous(),
+            site_options(options),
+        )
+
+
+def _fake_broadcast_post_backward(
+    g: Tensor, e: Tensor, f: Tensor, proj: Tensor, bias: Tensor, alpha_post: Tensor, options: str
+) -> tuple[Tensor, Tensor]:
+    return f.new_empty(f.shape), proj.new_empty(proj.shape)
+
+
+PRE_FORWARD = register(broadcast_pre_forward, _fake_broadcast_pre_forward)
+PRE_BACKWARD = register(broadcast_pre_backward, _fake_broadcast_pre_backward)
+POST_FORWARD = register(broadcast_post_forward, _fake_broadcast_post_forward)
+POST_BACKWARD = register(broadcast_post_backward, _fake_broadcast_post_backward)
+register_formulas(*(f"broadcast_{step}" for step in ("pre_forward", "pre_backward", "post_forward", "post_backward")))
+
+
+def _copies(e: Tensor, params: SiteParams) -> Tensor:
+    return e.expand(*e.shape[:-2], streams_of(params.phi.shape[0]), -1)
+
+
+class BroadcastPre(Function):
+    """``(e, parameters, previous, options, norm, eps)`` to what ``Pre`` returns for n copies of e."""
+
+    @staticmethod
+    def forward(
+        e: Tensor,
+        phi: Tensor,
+        bias: Tensor,
+        alpha_pre: Tensor,
+        alpha_post: Tensor,
+        alpha_res: Tensor,
+        previous: Tensor | None,
+        options: str,
+        norm: Tensor | None,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        u, coef, proj, rstd, inverse = PRE_FORWARD(
+            e, phi, bias, alpha_pre, alpha_post, alpha_res, previous, options, norm, norm_eps
+        )
+        link = e.new_empty(()).expand(*e.shape[:-2], streams_of(phi.shape[0]), e.shape[-1])
+        return u, coef, link, proj, rstd, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.options, norm, ctx.norm_eps = inputs
+        proj, rstd, inverse = output[3:]
+        ctx.mark_non_differentiable(proj, rstd, inverse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, proj, rstd, norm, None if norm is None else inverse)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gu: Tensor | None, dcoef: Tensor | None, g: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        e, *rest, previous, proj, rstd, norm, inverse = ctx.saved_tensors
+        params, options = SiteParams(*rest), ctx.options
+        if gu is None and dcoef is None and g is None:
+            return (None,) * 10
+        if torch.is_grad_enabled():
+            x = _copies(e, params)
+            dx, *found, dnorm = pre_backward_composite(gu, g, dcoef, x, params, previous, options, norm, ctx.norm_eps)
+            return None if dx is None else dx.sum(-2, keepdim=True), *found, None, dnorm, None
+        de, dphi, dparams, dprevious, dnorm = PRE_BACKWARD(
+            e, *params, previous, proj, rstd, g, gu, dcoef, options, norm, inverse
+        )
+        padded = dparams.shape[0] - 4
+        gates = (dparams[padded], dparams[padded + 1], dparams[padded + 2])
+        rows = dparams[: params.bias.shape[0]]
+        dprevious, dnorm = None if previous is None else dprevious, None if norm is None else dnorm
+        return de, dphi, rows, *gates, dprevious, None, dnorm, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return batched(BroadcastPre, info, in_dims, args, num_data=1, optional_data=(6,))
+
+
+class BroadcastPost(Function):
+    """``(e, link, f, coef, proj, parameters, options) -> x_next``; the gradient of ``link`` is that of ``x_next``."""
+
+    @staticmethod
+    def forward(
+        e: Tensor,
+        link: Tensor,
+        f: Tensor,
+        coef: Tensor,
+        proj: Tensor,
+        phi: Tensor,
+        bias: Tensor,
+        alpha_pre: Tensor,
+        alpha_post: Tensor,
+        alpha_res: Tensor,
+        options: str,
+    ) -> Tensor:
+        return POST_FORWARD(e, f, coef)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        e, _, f, _, proj, *params, ctx.options = inputs
+        ctx.save_for_backward(e, f, proj, *params)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        e, f, proj, *rest = ctx.saved_tensors
+        params = SiteParams(*rest)
+        if torch.is_grad_enabled():
+            df, dcoef = post_backward_composite(g, _copies(e, params), f, params, ctx.options)
+        else:
+            df, dcoef = POST_BACKWARD(g, e, f, proj, params.bias, params.alpha_post, ctx.options)
+        return None, g, df, dcoef, *(None,) * 7
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return batched(BroadcastPost, info, in_dims, args, num_data=5)
+
+
+def broadcast_pre(
+    e: Tensor, params: SiteParams, previous: Tensor | None, options: str, norm: Tensor | None, norm_eps: float
+) -> tuple[Tensor, FusedState]:
+    """Read the first site of a model.
+
+    Parameters
+    ----------
+    e : Tensor
+        ``(..., 1, C)``, in place of n copies.
+    params : SiteParams
+        Of the site.
+    previous : Tensor or None
+        Coefficients that the site is read with, where they are not its own.
+    options : str
+        Its convention, from :func:`mhc_layers.kernels.options.options_key`.
+    norm : Tensor or None
+        Gain ``(C,)`` of the norm that ends the read.
+    norm_eps : float
+        The norm's epsilon.
+
+    Returns
+    -------
+    u : Tensor
+        ``(..., C)``.
+    state : FusedState
+        For :func:`broadcast_post`.
+    """
+    u, coef, link, proj, rstd, _ = apply(BroadcastPre, e, *params, previous, options, norm, norm_eps)
+    return u, FusedState(coef, link, proj, rstd, params, options)
+
+
+def broadcast_post(e: Tensor, f: Tensor, state: FusedState) -> Tensor:
+    """Write the streams ``(..., n, C)`` after the first site."""
+    return apply(BroadcastPost, e, state.link, f.to(e.dtype), state.coef, state.proj, *state.params, state.options)
