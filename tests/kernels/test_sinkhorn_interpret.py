@@ -140,13 +140,16 @@ def test_empty_batch() -> None:
     assert matrix.shape == (0, 4, 4) and counts.shape == (0,)
 
 
-@pytest.mark.parametrize(("n", "std"), [(1, 1.0), (2, 40.0), (3, 10.0), (4, 1.0), (4, 40.0), (8, 3.0)])
+@pytest.mark.parametrize(("n", "std"), [(1, 1.0), (2, 2.0), (2, 40.0), (3, 10.0), (4, 1.0), (4, 40.0), (8, 3.0)])
 def test_newton_reaches_its_tolerance(rng: np.random.Generator, n: int, std: float) -> None:
     logits = torch.tensor(rng.normal(size=(20, n, n)) * std, dtype=torch.float32)
     for first in ("columns", "rows"):
         matrix, counts = newton_forward(logits, first=first)
         assert max(marginal_error(matrix, 1), marginal_error(matrix, 2)) <= 1e-6
         assert int(counts.max()) <= 30
+    if n == 2:
+        theta = logits[:, 0, 0] + logits[:, 1, 1] - logits[:, 0, 1] - logits[:, 1, 0]
+        torch.testing.assert_close(newton_forward(logits)[0][:, 0, 0], torch.sigmoid(theta / 2), rtol=0, atol=1e-5)
     if std == 1.0:
         limit = expected(logits.double().numpy(), method="knopp", num_iters=2000, first="columns")
         np.testing.assert_allclose(newton_forward(logits)[0].numpy(), limit, rtol=0, atol=2e-6)

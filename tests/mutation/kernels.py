@@ -38,7 +38,8 @@ class KernelMutant:
         """Where the interpreter tests of this file are."""
         if self.path.startswith("birkhoff"):
             return "tests/kernels/test_sinkhorn_interpret.py"
-        return f"tests/kernels/test_{'read_norm' if 'read_norm' in self.path else 'mhc_interpret'}.py"
+        own = next((name for name in ("read_norm", "broadcast") if name in self.path), "mhc_interpret")
+        return f"tests/kernels/test_{own}.py"
 
     def source(self) -> str:
         """The changed text of the file."""
@@ -51,11 +52,11 @@ class KernelMutant:
 _LINES, _TILE, _NEWTON = (f"birkhoff/kernels/triton/{name}.py" for name in ("lines", "tile", "newton"))
 _LAYER = "mhc_layers/kernels/triton"
 _COEFFICIENTS, _ADJOINT = f"{_LAYER}/coefficients.py", f"{_LAYER}/coefficients_backward.py"
-_STREAMS, _WRITE_BACKWARD, _BOUNDARY_BACKWARD, _NORM, _NORM_BACKWARD = (
+_STREAMS, _WRITE_BACKWARD, _BROADCAST, _NORM, _NORM_BACKWARD = (
     f"{_LAYER}/{name}.py"
-    for name in ("streams_backward", "write_backward", "boundary_backward", "read_norm", "read_norm_backward")
+    for name in ("streams_backward", "write_backward", "broadcast", "read_norm", "read_norm_backward")
 )
-_SITE, _CHAINED = "test_site_equals_float64", "test_chained_backward"
+_SITE = "test_site_equals_float64"
 _BOTH = "test_forward_and_backward"
 
 KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
@@ -101,15 +102,14 @@ KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
     KernelMutant(_NEWTON, "mine = tl.fma(share[k], others[k], mine)", "mine = mine", "newton"),
     KernelMutant(_NEWTON, "total = tl.fma(p[i * n + j], p[i * n + k], total)", "total = total", "newton"),
     KernelMutant(_NEWTON, "gap = gap + (1.0 - sums[k],)", "gap = gap + (sums[k] - 1.0,)", "newton"),
-    KernelMutant(_NEWTON, "(error > target) & ~wide", "error > target", "newton"),
+    KernelMutant(_NEWTON, "chosen = tl.maximum(pending, wide.to(tl.int32))", "chosen = pending", "newton"),
     KernelMutant(_NEWTON, "_ROUNDING = tl.constexpr(1.2e-7)", "_ROUNDING = tl.constexpr(1e-38)", "blocks_come_apart"),
     KernelMutant(_NEWTON, "0.5 * lines.LOG2E)\n    same", "lines.LOG2E)\n    same", "newton"),
     KernelMutant(_NEWTON, "0.5 * tol, n=n", "500.0 * tol, n=n", "newton"),
     # The layer: coefficients and their adjoint
     KernelMutant(_COEFFICIENTS, "lo = (w - hi.to(tl.float32))", "lo = (w - w)", _SITE),
-    KernelMutant(_COEFFICIENTS, "k < K)[:, None]", "k < K + 8)[:, None]", _SITE),
     KernelMutant(_COEFFICIENTS, "x32 * x32, (BM", "x32, (BM", _SITE),
-    KernelMutant(_COEFFICIENTS, "for s in range(1, S)", "for s in range(2, S)", "test_site or test_boundary_forward"),
+    KernelMutant(_COEFFICIENTS, "parts[d]\n    return total", "parts[0]\n    return total", _SITE),
     KernelMutant(_COEFFICIENTS, "square * inv_k + norm_eps", "square + norm_eps", _SITE),
     KernelMutant(_COEFFICIENTS, "tl.sigmoid(logits) + eps_pre", "tl.sigmoid(logits)", _SITE),
     KernelMutant(_COEFFICIENTS, "post_scale * tl.sigmoid(logits)", "tl.sigmoid(logits)", _SITE),
@@ -134,13 +134,9 @@ KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
     KernelMutant(_STREAMS, "tl.dot(z_lo, phi_hi[q], dx", "tl.dot(z_hi * 0.0, phi_hi[q], dx", _SITE),
     KernelMutant(_STREAMS, "mix + q * P + o, mask", "mix + o * P + q, mask", _SITE),
     KernelMutant(_STREAMS, "tl.sum(rows, axis=0), mask=j", "tl.sum(rows, axis=0) * 0.5, mask=j", _SITE),
-    # One kernel for a boundary, and for a block of sites
-    KernelMutant(f"{_LAYER}/boundary.py", "square += y * y", "square += y", "test_boundary_forward"),
-    KernelMutant(f"{_LAYER}/boundary.py", "squares += tl.sum(tl.reshape(y * y", "squares += tl.sum(tl.reshape(y",
-                 "test_boundary_forward"),
-    KernelMutant(_BOUNDARY_BACKWARD, "(post_scale * tl.sigmoid(logit))", "(tl.sigmoid(logit))", _CHAINED),
-    KernelMutant(_BOUNDARY_BACKWARD, "dots + (n + i * n + k)", "dots + (n + k * n + i)", _CHAINED),
-    KernelMutant(_BOUNDARY_BACKWARD, "tl.sum(dx * f.to(tl.float32), axis=1)", "tl.sum(dx, axis=1)", _CHAINED),
+    # The first site, and a block of sites
+    KernelMutant(_BROADCAST, "2 * n + o * n + i, mask", "2 * n + i * n + o, mask", "broadcast"),
+    KernelMutant(_BROADCAST, "post_scale * tl.sigmoid", "tl.sigmoid", "broadcast"),
     KernelMutant(f"{_LAYER}/recompute.py", "new = new + (stored.to(tl.float32),)", "new = new + (y,)", "is_rebuilt"),
     KernelMutant(f"{_LAYER}/recompute.py", "2 * n + o * n + i", "2 * n + i * n + o", "is_rebuilt"),
     # The read with the sublayer's norm
