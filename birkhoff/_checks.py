@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from birkhoff import _xp
 from birkhoff.errors import ArrayTypeError, DtypeError, OptionError, ShapeError
 
-__all__ = ["as_count", "as_real", "check_solver", "matching_gradient", "square_matrices"]
+__all__ = ["as_count", "as_real", "check_solver", "iteration_options", "matching_gradient", "square_matrices"]
 
 
 def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
@@ -72,3 +73,14 @@ def as_real(value: Any, name: str) -> float:
     if isinstance(value, (float, int, numbers.Real)):
         return float(value)
     raise OptionError(f"{name} must be a number, got {value!r}")
+
+
+def iteration_options(num_iters: Any, tol: Any, first: Any, progress: Any) -> tuple[int, float | None]:
+    """The limit and the tolerance of a function that iterates until it is told to stop; its other options checked."""
+    if tol is not None and not 0.0 < as_real(tol, "tol") < math.inf:
+        raise OptionError(f"tol must be None or a number > 0, got {tol!r}")
+    if first not in ("columns", "rows"):
+        raise OptionError(f"first must be 'columns' or 'rows', got {first!r}")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress must be None or callable as progress(iteration, error), got {progress!r}")
+    return as_count(num_iters, "num_iters", least=1), None if tol is None else as_real(tol, "tol")

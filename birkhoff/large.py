@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _math, _xp
-from birkhoff._checks import as_count, square_matrices
+from birkhoff._checks import iteration_options, square_matrices
 from birkhoff._registry import Row, Table, installed
 from birkhoff._result import Projection, Status
-from birkhoff.errors import OptionError, ProjectionError
+from birkhoff.errors import ProjectionError
 from birkhoff.precision import unit_roundoff
 from birkhoff.support import Support, diagnose_support
 
@@ -185,11 +185,7 @@ def project_large(
     (0, True)
     """
     xp = square_matrices(logits, "logits")
-    num_iters = as_count(num_iters, "num_iters", least=1)
-    if tol is not None and not tol > 0:
-        raise OptionError(f"tol must be None or a number > 0, got {tol!r}")
-    if first not in ("columns", "rows"):
-        raise OptionError(f"first must be 'columns' or 'rows', got {first!r}")
+    num_iters, tol = iteration_options(num_iters, tol, first, progress)
     n, batch = logits.shape[-1], tuple(logits.shape[:-2])
     dtype, where = _math.compute_dtype(xp, logits), _xp.device(logits)
     if 0 in logits.shape:

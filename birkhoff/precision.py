@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from birkhoff import _xp
-from birkhoff.errors import OptionError
+from birkhoff.errors import DtypeError, OptionError
 
 __all__ = ["DEFAULT", "DOUBLE", "DOUBLE_SUMS", "Precision", "unit_roundoff"]
 
@@ -80,10 +80,18 @@ def unit_roundoff(dtype: Any) -> float:
     dtype : dtype or str
         A floating dtype of any array library, or its name.
 
+    Raises
+    ------
+    DtypeError
+        For a dtype that this package does not work with.
+
     Examples
     --------
     >>> from birkhoff.precision import unit_roundoff
     >>> unit_roundoff("bfloat16")
     0.00390625
     """
-    return _UNIT_ROUNDOFF[_xp.dtype_name(dtype)]
+    name = _xp.dtype_name(dtype)
+    if name not in _UNIT_ROUNDOFF:
+        raise DtypeError(f"expected one of {tuple(_UNIT_ROUNDOFF)}, got {name}")
+    return _UNIT_ROUNDOFF[name]

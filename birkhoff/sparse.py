@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _xp
+from birkhoff._checks import iteration_options
 from birkhoff._result import Projection, Status
 from birkhoff.errors import ArrayTypeError, DtypeError, OptionError, ProjectionError, ShapeError
 from birkhoff.precision import unit_roundoff
@@ -88,12 +89,7 @@ def project_sparse(
         raise DtypeError(f"matrix must hold float32 or float64, got {name}; convert with astype")
     if entries not in ("values", "logits"):
         raise OptionError(f"entries must be 'values' or 'logits', got {entries!r}")
-    if first not in ("columns", "rows"):
-        raise OptionError(f"first must be 'columns' or 'rows', got {first!r}")
-    if num_iters < 1:
-        raise OptionError(f"num_iters must be at least 1, got {num_iters}")
-    if tol is not None and not tol > 0:
-        raise OptionError(f"tol must be None or a number > 0, got {tol!r}")
+    num_iters, tol = iteration_options(num_iters, tol, first, progress)
     target = unit_roundoff(name) ** 0.5 if tol is None else tol
     with np.errstate(all="ignore"):
         logits = xp.log(csr.data) if entries == "values" else csr.data.copy()

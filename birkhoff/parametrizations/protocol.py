@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from birkhoff import _math, _xp
+from birkhoff._checks import as_count
 from birkhoff.errors import DtypeError, OptionError, ShapeError
 
 __all__ = ["Parametrization", "Sums", "begin", "check_order", "leading_logit", "product", "softmax"]
@@ -42,8 +43,7 @@ class Parametrization(Protocol):
 
 def check_order(name: str, n: int, *, largest: int | None = None) -> None:
     """Raise :class:`OptionError` for an order that is not an integer in [1, largest]."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise OptionError(f"{name}: n must be an integer >= 1, got {n!r}")
+    as_count(n, f"{name}: n", least=1)
     if largest is not None and n > largest:
         raise OptionError(f"{name}: n must be at most {largest}, got {n}; choose another parametrization or a solver")
 

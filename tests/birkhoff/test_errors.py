@@ -16,6 +16,7 @@ from birkhoff.large import project_large
 from birkhoff.rounding import round_to_nonexpansive
 from birkhoff.solvers import Euclidean, Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog
 from birkhoff.solvers.protocol import from_text, to_text
+from birkhoff.sparse import project_sparse
 from tests.backends import BACKENDS, Backend
 
 FRONT_DOORS = [birkhoff.sinkhorn, birkhoff.project]
@@ -99,6 +100,30 @@ def test_numbers_of_array_libraries_work_on_torch() -> None:
         with pytest.raises(errors.OptionError, match=next(iter(options))):
             SinkhornDamped(**options)
     assert birkhoff.project(torch.eye(2), SinkhornLog(relaxation=np.float64(1.25))).matrix.shape == (2, 2)
+
+
+def test_functions_that_iterate_take_the_same_options() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    for run, matrix in ((project_large, np.eye(3)), (project_sparse, sparse.csr_array(np.ones((3, 3))))):
+        assert int(run(matrix, num_iters=np.int64(5), tol=np.float32(0.5)).num_iters) == 1
+        for options in (
+            {"num_iters": 0}, {"num_iters": 2.5}, {"tol": 0}, {"tol": "1"}, {"tol": float("nan")}, {"first": "column"},
+            {"progress": 3},
+        ):  # fmt: skip
+            with pytest.raises(errors.OptionError, match=next(iter(options)) + " must be"):
+                run(matrix, **options)
+
+
+def test_an_unknown_dtype_has_no_roundoff() -> None:
+    with pytest.raises(errors.DtypeError, match="got int8"):
+        birkhoff.precision.unit_roundoff("int8")
+
+
+def test_the_order_of_a_parametrization_may_be_numpy_s() -> None:
+    assert birkhoff.parametrizations.Circulant().num_parameters(np.int64(3)) == 3
+    for bad in (0, 2.0, True, None):
+        with pytest.raises(errors.OptionError, match="Circulant: n must be an integer >= 1"):
+            birkhoff.parametrizations.Circulant().num_parameters(bad)
 
 
 def test_a_sparse_tensor_is_refused_with_what_to_do() -> None:
