@@ -7,6 +7,7 @@ multiples of any tile.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -46,6 +47,8 @@ def _interpreter() -> None:
         pytest.skip("needs TRITON_INTERPRET=1 from the start of the process")
 
 
+LARGE_EPS = dataclasses.replace(DEEPSEEK_V4, eps_pre=0.1, eps_start=0.05, eps_den=0.05)  # so that each counts
+
 CASES = [
     (4, 40, 7, torch.float32, PAPER),
     (4, 64, 33, torch.bfloat16, PAPER),
@@ -57,6 +60,7 @@ CASES = [
     (6, 20, 17, torch.float32, PAPER),
     (8, 24, 5, torch.bfloat16, DEEPSEEK_V4),
     (4, 1000, 1, torch.float32, PAPER),
+    (4, 24, 5, torch.float32, LARGE_EPS),
 ]
 
 
