@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_torch_is_asked_whether_it_flushes_subnormals() -> None:
             torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("entries", [1, 40, 200, 1000])
+@pytest.mark.parametrize("entries", [1, 9, 40, 200, 1000])
 def test_blocks_bound_the_memory_and_change_no_bound(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk holds at most the block in all its factors (or one matrix), and a row block likewise (or one row)."""
     stack = np.random.default_rng(0).random((7, 3, 4, 4))
@@ -120,3 +121,39 @@ def test_blocks_bound_the_memory_and_change_no_bound(entries: int, monkeypatch: 
 
 def _pieces(count: int, size: int) -> list[int]:
     return [min(size, count - start) for start in range(0, count, size)]
+
+
+def test_the_narrowest_dtype_of_a_product_decides_what_reading_may_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificates._Product, "_flushes_subnormals", lambda self, single: True)
+    factors = [np.full((4, 4), 2.0**-100, dtype=dtype) for dtype in (np.float64, np.float32)]
+    for field, value in expected(4, 2.0**-100, 2, TINY32).items():
+        assert (getattr(certify_product(factors), field) == value).all(), field
+
+
+def test_a_certificate_is_an_immutable_value_of_one_matrix_by_default() -> None:
+    numbers = [np.ones(1)] * 7
+    with pytest.raises(TypeError):
+        certificates.Certificate(*numbers)
+    fields = [field.name for field in dataclasses.fields(certificates.Certificate)][:7]
+    certificate = certificates.Certificate(**dict(zip(fields, numbers, strict=True)))
+    assert certificate.num_layers == 1 and not certificate.sampled
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        certificate.num_layers = 2
+
+
+def test_gains_and_errors_are_the_extremes_over_lines() -> None:
+    matrix = np.array([[0.25, 0.0, 0.0], [0.5, 0.5, 0.0], [1.0, 1.0, 1.5]])  # rows 0.25, 1, 3.5; columns 1.75, 1.5, 1.5
+    certificate = certify(matrix)
+    assert (certificate.forward_gain_min, certificate.forward_gain_max) == (0.25, 3.5)
+    assert (certificate.backward_gain_min, certificate.backward_gain_max) == (1.5, 1.75)
+    assert certificate.row_error == pytest.approx(2.5, rel=1e-13) and certificate.row_error >= 2.5
+    assert certificate.column_error == pytest.approx(0.75, rel=1e-13) and certificate.column_error >= 0.75
+
+
+def test_samples_are_spread_from_the_first_to_the_last() -> None:
+    stack = np.stack([k * np.eye(2) for k in range(1, 8)])
+    assert certify(stack, num_samples=3).norm2_upper.tolist() == [1.0, 4.0, 7.0]
+    assert certify(stack, num_samples=1).norm2_upper.tolist() == [1.0]
+    assert certify(stack, num_samples=6).provenance is Provenance.sampled
+    whole = certify(stack.reshape(7, 1, 2, 2), num_samples=7)
+    assert whole.provenance is Provenance.exact and whole.norm2_upper.shape == (7, 1)
