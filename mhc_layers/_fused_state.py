@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mhc_layers._sharding import is_distributed
 from mhc_layers.models.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -72,13 +73,15 @@ def fused_norm(site: HyperConnection, x: Tensor) -> tuple[Tensor | None, float]:
     """Gain ``(C,)`` in float32 and epsilon of the norm that ends a site's read, if the kernels can run it, else None.
 
     They run :class:`torch.nn.RMSNorm` and :class:`~mhc_layers.models.norm.RMSNorm` themselves, no subclasses, with a
-    gain over all channels that is not sharded, and without hooks, which would not be called.
+    gain over all channels that is distributed only if the streams are, and without hooks, which would not be called.
     """
     norm: Any = site.input_norm
     if norm is None or type(norm) not in (nn.RMSNorm, RMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
         return None, 0.0
     weight, eps = norm.weight, norm.eps
-    if weight is None or weight.shape != x.shape[-1:] or hasattr(weight, "placements") or weight.dtype == torch.float64:
+    if weight is None or weight.shape != x.shape[-1:] or weight.dtype == torch.float64:
+        return None, 0.0
+    if is_distributed(weight) != is_distributed(x):
         return None, 0.0
     return weight.to(torch.float32), torch.finfo(x.dtype).eps if eps is None else eps
 

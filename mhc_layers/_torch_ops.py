@@ -23,6 +23,7 @@ from mhc_layers._broadcast_ops import broadcast_post, broadcast_pre
 from mhc_layers._fused_state import FusedState, SiteParams, fused_norm, token_rows
 from mhc_layers._operators import apply, batched, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
+from mhc_layers._sharding import is_distributed, register_rules, replicated_like
 from mhc_layers._sites import FUNCTIONAL, SiteState
 from mhc_layers.conventions import Convention
 from mhc_layers.functional import expand_streams, without_autocast
@@ -360,8 +361,9 @@ class FusedSite:
     """The steps of a site as fused kernels.
 
     Streams are bfloat16, float16 or float32 and keep their dtype, inside autocast too; coefficients are float32.
-    Gradients of gradients and forward mode are computed in plain torch; float64 streams and sharded parameters
-    (DTensor) run the functional row.
+    Gradients of gradients and forward mode are computed in plain torch; float64 streams run the functional row. Streams
+    that are a ``DTensor``, sharded along tokens, run the same operators on every process's share, with parameters that
+    are replicated ``DTensor`` (:mod:`mhc_layers._sharding`).
 
     Parameters
     ----------
@@ -380,7 +382,7 @@ class FusedSite:
     ) -> tuple[Tensor, FusedState | SiteState]:
         """Read: ``u (..., C)`` and the state for :meth:`post`."""
         params, folded = SiteParams.of(site), x.shape[-2] != site.num_streams
-        plainly = x.dtype == torch.float64 or hasattr(params.phi, "placements")
+        plainly = _runs_plainly(x, params)
         if folded and (plainly or _forward_mode()):
             x, folded = expand_streams(x.squeeze(-2), site.num_streams), False
         if plainly:
@@ -418,8 +420,8 @@ class FusedSite:
     ) -> tuple[Tensor, Tensor, FusedState | SiteState]:
         """``post`` of a site and ``pre`` of the next one, in one pass over the streams where they are fused."""
         params = SiteParams.of(next_site)
-        sharded = hasattr(params.phi, "placements")
-        if not isinstance(state, FusedState) or x.shape[-2] != state.num_streams or sharded or _forward_mode():
+        folded = isinstance(state, FusedState) and x.shape[-2] != state.num_streams
+        if not isinstance(state, FusedState) or folded or _runs_plainly(x, params) or _forward_mode():
             x = self.post(x, f, state)
             return x, *self.pre(x, next_site, state.h_pre)
         norm, norm_eps = fused_norm(next_site, x)
@@ -448,11 +450,17 @@ def _forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def _runs_plainly(x: Tensor, params: SiteParams) -> bool:
+    """Whether a site runs the functional row: float64, or parameters sharded otherwise than operators can have them."""
+    distributed = is_distributed(x) and register_rules()
+    return x.dtype == torch.float64 or (is_distributed(params.phi) and not distributed)
+
+
 def first_stream(x: Tensor) -> Tensor:
     """A delayed read has nothing before the first site: it reads stream 0."""
     weights = torch.zeros(x.shape[-2], dtype=_coefficient_dtype(x), device=x.device)
     weights[0] = 1.0
-    return weights.expand(x.shape[:-1])
+    return replicated_like(weights, x).expand(x.shape[:-1])
 
 
 @functools.lru_cache(maxsize=64)

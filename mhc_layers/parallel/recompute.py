@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -298,7 +298,7 @@ class _Block:
     Tensors that the connections save are replaced by their number in the order of saving. The first one that the
     backward pass asks for triggers :meth:`_rebuild`, which runs the connections again (with the kept outputs in place
     of the sublayers) and collects what they save, in the same order. Tensors that a sublayer saves are kept, except
-    its input and the norm of it, which are rebuilt from the block as well.
+    its input, which is rebuilt with the block; a norm that a sublayer applies itself is kept.
     """
 
     def __init__(self, sites: Sequence[HyperConnection], state: WalkState) -> None:
@@ -325,7 +325,7 @@ class _Block:
         def sublayer(index: int, u: Tensor) -> Tensor:
             nonlocal aux_loss
             site = self.sites[index]
-            with _SublayerHooks(self, index, u, site.sublayer):
+            with _SublayerHooks(self, index, u):
                 result = site.sublayer(u, context)  # type: ignore[misc]
             if isinstance(result, tuple):
                 result, aux = result
@@ -421,47 +421,27 @@ class _Block:
 
 
 class _SublayerHooks:
-    """While a sublayer runs: keep what it saves, but not its input u or the norm of u."""
+    """While a sublayer runs: keep what it saves, but not its input u, which the site has normalised."""
 
-    def __init__(self, block: _Block, index: int, u: Tensor, sublayer: Any) -> None:
+    def __init__(self, block: _Block, index: int, u: Tensor) -> None:
         self._block, self._index = block, index
         self._u = _identity(u)
-        self._normed: tuple[Any, ...] | None = None
-        self._norm = getattr(sublayer, "norm", None) if isinstance(sublayer, nn.Module) else None
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
-        self._handle: Any = None
 
     def __enter__(self) -> None:
-        if self._norm is not None:
-            self._handle = self._norm.register_forward_hook(self._see_norm)
         self._hooks.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
-        if self._handle is not None:
-            self._handle.remove()
 
-    def _see_norm(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        if arguments and isinstance(arguments[0], Tensor) and _identity(arguments[0]) == self._u:
-            self._normed = _identity(output)
-
-    def _pack(self, tensor: Tensor) -> tuple[str, Any]:
-        key = _identity(tensor)
-        if key == self._u or key == self._normed:
-            self._block.waiting += 1
-            return ("u" if key == self._u else "norm"), None
-        return "kept", tensor
-
-    def _unpack(self, packed: tuple[str, Any]) -> Tensor:
-        kind, tensor = packed
-        if kind == "kept":
+    def _pack(self, tensor: Tensor) -> Tensor | None:
+        if _identity(tensor) != self._u:
             return tensor
-        u = self._block.input(self._index)
-        if kind == "u":
-            return u
-        device, dtype, enabled = self._block.autocast
-        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-            return self._norm(u)  # type: ignore[misc]
+        self._block.waiting += 1
+        return None
+
+    def _unpack(self, packed: Tensor | None) -> Tensor:
+        return self._block.input(self._index) if packed is None else packed
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
