@@ -9,6 +9,7 @@ from proofs.subjects import Subject
 __all__ = [
     "Condition",
     "adds_eps",
+    "converges",
     "differentiates_twice",
     "exact_side",
     "finished",
@@ -84,6 +85,11 @@ exact_side = meets(kl, no_eps, _not_shrunk)
 def iterates(subject: Subject) -> str | None:
     """It is an iterate of a known number."""
     return None if subject.num_iters is not None else "its number of iterations is unknown, or it returns the limit"
+
+
+def converges(subject: Subject) -> str | None:
+    """It returns the limit, up to its tolerance."""
+    return None if subject.converged else "returns an iterate, not the limit"
 
 
 known_iteration = meets(kl, iterates, unfinished)

@@ -107,6 +107,7 @@ PROPERTIES: tuple[Property, ...] = (
             "zero_upstream_gives_zero",
             "double_backward_works",
             "implicit_equals_unrolled_when_converged",
+            "limit_gradient_halves_the_norm",
             "layer_gradient",
         ),
     ),

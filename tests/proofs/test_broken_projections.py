@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from birkhoff import reference
+from birkhoff.solvers import Newton
 from proofs import claims, enclosure, runner
 from proofs.backends import BACKENDS
 from proofs.measure import sums
 from proofs.runner import Profile
-from proofs.subjects import Subject
+from proofs.subjects import Subject, solver_subject
 from tests.proofs import broken
 
 EFFORT = Profile("test", 60, shrink_budget=40)
@@ -176,6 +177,14 @@ def _with_implicit(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Su
     return replace(_with_vjp(lambda gradient, x, g: gradient), implicit=implicit)
 
 
+def _limit_gradient(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Subject:
+    """Newton's implicit gradient changed by `change(gradient, logits)`."""
+    honest = solver_subject(Newton(), BACKENDS["numpy"])
+    assert honest.implicit is not None
+    gradient = honest.implicit
+    return replace(honest, implicit=lambda logits, grad: change(gradient(logits, grad), logits).astype(logits.dtype))
+
+
 def _on(backend: str, function: Callable[..., Any], **facts: Any) -> Subject:
     return replace(broken.subject(broken.right), function=function, backend=BACKENDS[backend], **facts)
 
@@ -277,6 +286,14 @@ SPECIAL: dict[str, tuple[Callable[[], Subject], tuple[Callable[[], Subject], ...
         (
             lambda: _with_implicit(lambda gradient, matrix: 1.01 * gradient),
             lambda: _with_implicit(lambda gradient, matrix: gradient + 1e-3 * matrix),
+        ),
+    ),
+    "limit_gradient_halves_the_norm": (
+        lambda: _limit_gradient(lambda gradient, x: gradient),
+        (
+            lambda: _limit_gradient(lambda gradient, x: 2.5 * gradient),
+            lambda: _limit_gradient(lambda gradient, x: gradient + 1e-4),
+            lambda: _limit_gradient(lambda gradient, x: np.where(np.abs(x) == np.abs(x).max(), 2048.0, gradient)),
         ),
     ),
     "large_stacks": (
