@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from mhc_layers.cli import main
+from mhc_layers.parallel.mesh import end_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

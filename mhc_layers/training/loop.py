@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -339,7 +340,7 @@ class Trainer:
         parameters, optimizer = checkpoint.model, checkpoint.optimizer
         in_place = self.config.parallel.tensor == self.config.parallel.pipeline == 1
         if checkpoint.shards is not None:
-            own = dict(self.engine.model.named_parameters())
+            own: dict[str, Tensor] = dict(self.engine.model.named_parameters())
             parameters, optimizer = restore_shards(checkpoint, own, in_place=in_place)
         if checkpoint.shards is None or not in_place:
             parameters, optimizer = self.engine.scatter(parameters), self.engine.scatter(optimizer)
@@ -375,14 +376,15 @@ def _repeatable(wanted: bool) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)  # cuDNN attention stays in use where this only warns
-    torch.utils.deterministic.fill_uninitialized_memory = False  # memory that is written before it is read
+    settings.fill_uninitialized_memory = False  # memory that is written before it is read
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
 
 
 def choose_device(name: str, world: World | None = None) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 from mhc_layers import Transformer
+from mhc_layers.cli import main
 from mhc_layers.parallel.engine import Precision
-from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes
+from mhc_layers.parallel.mesh import ParallelConfig, World, end_process, join_processes
 from mhc_layers.parallel.parallelize import parallelize
 from mhc_layers.parallel.pipeline import stage_sizes
 from mhc_layers.parallel.sharded_checkpoint import load_shards, save_shards
@@ -25,6 +27,7 @@ from mhc_layers.training.checkpoint import load_checkpoint
 from mhc_layers.training.metrics import read_metrics
 from mhc_layers.training.optim import OptimConfig, build_optimizers, load_optimizer_state, optimizer_state
 from mhc_layers.training.run import load_for_resume, resumed_config, run
+from tests.mhc_layers.test_cli import TINY
 from tests.mhc_layers.training_cases import tiny_config, tiny_model, write_text
 
 
@@ -49,11 +52,7 @@ def _enter(rank, processes, port, function, arguments):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    # Everything is checked by now. gloo's threads sometimes abort the interpreter's shutdown ("terminate called without
-    # an active exception"), in about one run of four here, so that shutdown is left out.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_process(0)
 
 
 def batch(rows=8):
@@ -225,6 +224,19 @@ def test_a_run_on_two_processes_equals_one_and_changes_its_layout(tmp_path):
         resumed = load_checkpoint(tmp_path / name)
         for key, value in expected.model.items():
             torch.testing.assert_close(resumed.model[key], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.distributed
+def test_torchrun_of_the_command_line_ends_well_and_its_run_is_read_by_one_process(tmp_path, capsys):
+    text = write_text(tmp_path / "text")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["train", "--data", str(text), "--out", str(tmp_path / "run"), *TINY, "--parallel.shard", "2"]
+    done = subprocess.run([*launcher, "-m", "mhc_layers", *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "certified norm" in done.stdout and "terminate called" not in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_00000004" / "shards").is_dir()
+    assert main(["inspect", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert "checkpoint of step 4, float32 streams on cpu" in capsys.readouterr().out
 
 
 def _save_shards(rank, folder):
