@@ -157,3 +157,11 @@ def test_samples_are_spread_from_the_first_to_the_last() -> None:
     assert certify(stack, num_samples=6).provenance is Provenance.sampled
     whole = certify(stack.reshape(7, 1, 2, 2), num_samples=7)
     assert whole.provenance is Provenance.exact and whole.norm2_upper.shape == (7, 1)
+
+
+def test_a_signed_matrix_among_others_has_absolute_sums() -> None:
+    signed = np.array([[2.0, -1.0], [0.5, 0.5]])
+    certificate = certify(np.stack([np.eye(2), signed, np.eye(2)]))
+    np.testing.assert_allclose(certificate.absolute_row_sums, [[1, 1], [3, 1], [1, 1]], rtol=1e-14)
+    np.testing.assert_allclose(certificate.absolute_column_sums, [[1, 1], [2.5, 1.5], [1, 1]], rtol=1e-14)
+    assert certificate.norm2_upper.tolist() == [1.0, np.inf, 1.0]

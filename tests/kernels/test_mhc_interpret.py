@@ -210,6 +210,20 @@ def test_a_block_is_rebuilt(n: int, sites: int) -> None:
             torch.testing.assert_close(rebuilt, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rebuilt_block_has_the_bits_of_its_sites(dtype: torch.dtype) -> None:
+    """Streams are rounded between sites, as they were when the forward stored them."""
+    x, fs = torch.randn(7, 4, 20).to(dtype), [torch.randn(7, 20).to(dtype) for _ in range(2)]
+    coefs = [torch.rand(7, 24) for _ in range(3)]
+    xs, us = triton_leaf("recompute_block")(x, fs, coefs[:-1], coefs)
+    streams = [x]
+    for f, coef in zip(fs, coefs, strict=False):
+        streams.append(triton_leaf("write_forward")(streams[-1], f, coef))
+    assert all(torch.equal(ours, stored) for ours, stored in zip(xs, streams[1:], strict=True))
+    for u, stored, coef in zip(us, streams, coefs, strict=True):
+        assert torch.equal(u, triton_leaf("read_forward")(stored, coef))
+
+
 def test_table_prefers_triton_here() -> None:
     chosen = explain(torch.zeros(1, 4, 8))
     plain_leaves = {"boundary_forward", "boundary_read_forward", "streams_backward_chained"}
