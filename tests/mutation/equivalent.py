@@ -37,6 +37,8 @@ EQUIVALENT: tuple[Equivalent, ...] = (
          "if not self.n <= _SMALL: parts.append(_sum([values[:, column, :] * ..."),
         ("dominant_vector", "self.n > _SMALL", "self.n >= _SMALL"),
     ), "which of two computations of the same sums, or of x, is used near n = 32: bounds hold for any order and any x"),
+    Equivalent("birkhoff.certificates", (("enclose", "True", "False"),),
+               "one number for each matrix broadcasts against its components with or without the axis"),
     Equivalent("birkhoff.certificates", (("certify_product", "0", "1"),),
                "what an object without ndim counts as: fewer than three axes either way"),
     Equivalent("birkhoff.certificates", (("_certify", "-1", "-2"), ("_certify", "1", "2")),
