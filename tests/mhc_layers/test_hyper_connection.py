@@ -133,6 +133,38 @@ def test_wrong_streams():
         HyperConnection(8, res_map=3)
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (torch.zeros(3, 16), ValueError, r"\(3, 8\) for streams of shape \(3, 4, 8\); got \(3, 16\).*projection back"),
+        (torch.zeros(8), ValueError, r"got \(8,\)"),
+        (torch.zeros(3, 4, 8), ValueError, r"got \(3, 4, 8\)"),
+        ([torch.zeros(3, 8)], TypeError, "got list. Wrap the sublayer"),
+        ({"hidden": torch.zeros(3, 8)}, TypeError, "got dict"),
+        (None, TypeError, "got NoneType"),
+        ((), TypeError, "got an empty tuple"),
+        (("hidden", torch.zeros(3, 8)), TypeError, "got str"),
+        (torch.zeros(3, 8, dtype=torch.long), TypeError, "floating dtype, got torch.int64"),
+    ],
+)
+def test_what_a_sublayer_must_not_return(returned, error, message):
+    site = HyperConnection(8, 4, lambda u: returned)
+    with pytest.raises(error, match=message):
+        site(streams(3))
+
+
+def test_boundaries_check_what_they_write():
+    first, second = HyperConnection(8, 4), HyperConnection(8, 4)
+    _, state = first.pre(streams(3))
+    with pytest.raises(ValueError, match=r"got \(3, 7\)"):
+        first.boundary(streams(3), torch.zeros(3, 7), state, second)
+
+
+def test_a_sublayer_that_cannot_be_called():
+    with pytest.raises(TypeError, match=r"sublayer is a int, which cannot be called; give a module or a function"):
+        HyperConnection(8, 4, 4)
+
+
 # -- baselines --------------------------------------------------------------------------------------------------------
 
 
