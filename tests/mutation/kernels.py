@@ -94,8 +94,8 @@ KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
     KernelMutant(_TILE, "damping_adjoint(eps, kept_a", "damping_adjoint(0.0, kept_a", "test_damped"),
     KernelMutant(_TILE, "lines.negative(total, n, LANE), n, FIRST", "total, n, FIRST", "test_damped"),
     KernelMutant(_TILE, "taken += tl.where(other < peak - cap, d_other, 0.0)", "taken += 0.0", "test_range_cap"),
-    KernelMutant(_TILE, "taken / ties", "taken", "test_range_cap"),
-    KernelMutant(_TILE, "share * taken", "at_peak * taken", "test_range_cap"),
+    KernelMutant(_TILE, "taken / ties", "taken", "test_equal_largest"),
+    KernelMutant(_TILE, "share * taken", "at_peak * taken", "test_equal_largest"),
     # Newton
     KernelMutant(_NEWTON, "tl.fma(share[k], b[0], b[k + 1])", "b[k + 1]", "newton"),
     KernelMutant(_NEWTON, "tl.fma(share[j], w[k], old)", "old", "newton"),
@@ -137,8 +137,8 @@ KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
     # The first site, and a block of sites
     KernelMutant(_BROADCAST, "2 * n + o * n + i, mask", "2 * n + i * n + o, mask", "broadcast"),
     KernelMutant(_BROADCAST, "post_scale * tl.sigmoid", "tl.sigmoid", "broadcast"),
-    KernelMutant(f"{_LAYER}/recompute.py", "new = new + (stored.to(tl.float32),)", "new = new + (y,)", "is_rebuilt"),
-    KernelMutant(f"{_LAYER}/recompute.py", "2 * n + o * n + i", "2 * n + i * n + o", "is_rebuilt"),
+    KernelMutant(f"{_LAYER}/recompute.py", "new = new + (stored.to(tl.float32),)", "new = new + (y,)", "rebuilt"),
+    KernelMutant(f"{_LAYER}/recompute.py", "2 * n + o * n + i", "2 * n + i * n + o", "rebuilt"),
     # The read with the sublayer's norm
     KernelMutant(_NORM, "tl.sum(squares, axis=1) * inv_c + eps", "tl.sum(squares, axis=1) * inv_c", "equals"),
     KernelMutant(_NORM, "* inverse[:, None] * weight[None, :]", "* inverse[:, None]", "equals"),
