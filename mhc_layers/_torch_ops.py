@@ -432,8 +432,8 @@ class FusedSite:
         """Compile every kernel that the training of a site needs, on its device, for streams of a dtype.
 
         The number of tokens is an argument of the kernels; only few tokens (up to 32) and many have kernels of their
-        own. So two small batches are enough, and no later batch size compiles anything. Gradients of the site's
-        parameters are not touched.
+        own. So two small batches are enough, and no later batch size compiles anything. A site of index 0 is also run
+        from one stream in place of equal ones. Gradients of the site's parameters are not touched.
         """
         n, c = site.num_streams, site.dim
         for tokens in (1, 64):
@@ -443,6 +443,12 @@ class FusedSite:
                 y, u, state = self.boundary(x, u, state, site)
                 y = self.post(y, u, state)
             torch.autograd.grad(y, [x, *SiteParams.of(site)], torch.zeros_like(y), allow_unused=True)
+            if site.index == 0 and n > 1:
+                e = x[:, :1].detach().requires_grad_()
+                with torch.enable_grad():
+                    u, state = self.pre(e, site)
+                    y = self.post(e, u, state)
+                torch.autograd.grad(y, [e, *SiteParams.of(site)], torch.zeros_like(y), allow_unused=True)
 
 
 def _forward_mode() -> bool:
