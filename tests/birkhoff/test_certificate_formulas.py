@@ -173,3 +173,24 @@ def test_reading_loss_is_that_of_the_largest_component(monkeypatch: pytest.Monke
     certificate = certify_product([first, np.zeros_like(first)])  # flushed entries of the zeros may have been subnormal
     assert (certificate.absolute_row_sums >= 4 * TINY32 * 2.0**60).all()
     assert (certificate.absolute_row_sums <= 4.01 * TINY32 * 2.0**60).all()
+
+
+@pytest.mark.parametrize("log2_scale", [-300, -40, 40, 300])
+@pytest.mark.parametrize("n", [4, 40])
+def test_bounds_scale_with_the_matrix(n: int, log2_scale: int) -> None:
+    """Also where squarings of the Gram matrix or many power steps would leave float64 without rescaling."""
+    matrix = np.random.default_rng(0).random((5, n, n)) ** 4
+    plain, scaled = certify(matrix), certify(matrix * 2.0**log2_scale)
+    for field in ("norm2_lower", "norm2_upper"):
+        np.testing.assert_allclose(getattr(scaled, field), 2.0**log2_scale * getattr(plain, field), rtol=1e-13)
+    assert (plain.norm2_upper - plain.norm2_lower).max() <= 1e-9 * plain.norm2_upper.max()
+
+
+@pytest.mark.parametrize("n", [4, 40])
+def test_a_product_scales_with_its_factors(n: int) -> None:
+    stack = np.random.default_rng(1).random((6, n, n)) ** 4
+    scales = 2.0 ** np.array([100, -100, 200, -300, 100, 0])[:, None, None]
+    plain, scaled = certify_product(stack), certify_product(stack * scales)
+    for field in ("norm2_lower", "norm2_upper"):
+        np.testing.assert_allclose(getattr(scaled, field), getattr(plain, field), rtol=1e-13)
+    assert plain.norm2_upper - plain.norm2_lower <= 1e-9 * plain.norm2_upper
