@@ -28,53 +28,37 @@ SLOW void forward_on_logarithms(const element* logits, element* target, i64 matr
   if (wide) write_block(target, matrix, batch, at, e);
 }
 
-// Column scalings of the last iteration (damped: both scalings) of the lane's matrices, side by side.
+// Column scalings of the last iteration (damped: both scalings).
 template <int IN_COLUMNS, int IN_ROWS, int AT_A_TIME>
-INLINE void scalings(const Block (&m)[TILES], Columns (&a)[TILES], Rows (&b)[TILES], int num_iters, real eps, Place at) {
-#pragma unroll
-  for (int k = 0; k < TILES; k++) begin(m[k], a[k], b[k], eps, at);
+INLINE void scalings(const Block &m, Columns &a, Rows &b, int num_iters, real eps, Place at) {
+  begin(m, a, b, eps, at);
 #pragma unroll AT_A_TIME
   for (int t = 1; t < num_iters; t++) {
-#pragma unroll
-    for (int k = 0; k < TILES; k++) column_step<IN_COLUMNS>(m[k], b[k], a[k], eps, at);
-#pragma unroll
-    for (int k = 0; k < TILES; k++) row_step<IN_ROWS>(m[k], a[k], b[k], eps, at);
+    column_step<IN_COLUMNS>(m, b, a, eps, at);
+    row_step<IN_ROWS>(m, a, b, eps, at);
   }
-  if (!DAMPED) {
-#pragma unroll
-    for (int k = 0; k < TILES; k++) column_step<IN_COLUMNS>(m[k], b[k], a[k], eps, at);
-  }
+  if (!DAMPED) column_step<IN_COLUMNS>(m, b, a, eps, at);
 }
 
-// Exponents to the results, for every matrix whose exponents are at least LINEAR_TO.
-INLINE void iterate(Block (&m)[TILES], const real (&low)[TILES], int num_iters, real eps_start, real eps_den, Place at) {
-  Columns a[TILES];
-  Rows b[TILES];
-  bool some_narrow = DAMPED, some_others = false;
-#pragma unroll
-  for (int k = 0; k < TILES; k++) {
-    start(m[k], eps_start, at);
-    some_narrow |= low[k] >= PAIRED_TO;
-    some_others |= !(low[k] >= PAIRED_TO) && low[k] >= LINEAR_TO;
-  }
-  if (__any_sync(~0u, some_narrow)) {
+// Exponents to the result, for every matrix whose exponents are at least LINEAR_TO.
+INLINE void iterate(Block &m, real low, int num_iters, real eps_start, real eps_den, Place at) {
+  Columns a;
+  Rows b;
+  start(m, eps_start, at);
+  bool narrow_range = low >= PAIRED_TO;
+  if (DAMPED || __any_sync(~0u, narrow_range)) {
     if (UNROLL > 1 && num_iters == USUAL) scalings<PAIRS_A, PAIRS_B, USUAL>(m, a, b, USUAL, eps_den, at);
     else scalings<PAIRS_A, PAIRS_B, UNROLL>(m, a, b, num_iters, eps_den, at);
   }
-  if (!DAMPED && PAIRS_A + PAIRS_B > 0 && __any_sync(~0u, some_others)) {
-    Columns a1[TILES];
-    Rows b1[TILES];
+  if (!DAMPED && PAIRS_A + PAIRS_B > 0 && __any_sync(~0u, !narrow_range && low >= LINEAR_TO)) {
+    Columns a1;
+    Rows b1;
     scalings<0, 0, UNROLL>(m, a1, b1, num_iters, eps_den, at);
 #pragma unroll
-    for (int k = 0; k < TILES; k++)
-#pragma unroll
-      for (int j = 0; j < BC; j++) a[k][j] = low[k] >= PAIRED_TO ? a[k][j] : a1[k][j];
+    for (int k = 0; k < BC; k++) a[k] = narrow_range ? a[k] : a1[k];
   }
-#pragma unroll
-  for (int k = 0; k < TILES; k++) {
-    scale_columns(m[k], a[k]);
-    if (DAMPED) scale_rows(m[k], b[k]); else divide_rows(m[k]);  // dividing the matrix itself makes its sums exact
-  }
+  scale_columns(m, a);
+  if (DAMPED) scale_rows(m, b); else divide_rows(m);  // dividing the matrix itself makes its sums exact
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -82,40 +66,26 @@ sinkhorn_forward(const element* __restrict__ logits, element* __restrict__ matri
                  real eps_den, real range_cap) {
   extern __shared__ __align__(16) unsigned char memory[];
   int warp = threadIdx.x >> 5;
-  i64 first = ((i64)blockIdx.x * (THREADS / 32) + warp) * (PER_WARP * TILES), mine = first + (threadIdx.x & 31) / LANES;
+  i64 first = ((i64)blockIdx.x * (THREADS / 32) + warp) * PER_WARP, mine = first + (threadIdx.x & 31) / LANES;
   if (first >= batch) return;
-  unsigned char* tiles = memory + warp * TILES * TILE_BYTES;
+  unsigned char* tile = memory + warp * TILE_BYTES;
   Place at = place();
-  Block m[TILES];
-  real low[TILES];
+  Block m;
   if (LANES == 1) {
-#pragma unroll
-    for (int k = 0; k < TILES; k++) fetch_tile(tiles + k * TILE_BYTES, logits, first + k * PER_WARP, batch);
+    fetch_tile(tile, logits, first, batch);
     wait_tile();
-#pragma unroll
-    for (int k = 0; k < TILES; k++) read_tile(tiles + k * TILE_BYTES, m[k]);
+    read_tile(tile, m);
     __syncwarp();
   } else {
-    read_block(logits, mine, batch, at, m[0]);
+    read_block(logits, mine, batch, at, m);
   }
-#pragma unroll
-  for (int k = 0; k < TILES; k++) {
-    exponents(m[k], range_cap, at);
-    low[k] = lowest(m[k], at);
-  }
+  exponents(m, range_cap, at);
+  real low = lowest(m, at);
+  bool wide = !DAMPED && !(low >= LINEAR_TO);
   iterate(m, low, num_iters, eps_start, eps_den, at);
-  if (LANES == 1) {
-#pragma unroll
-    for (int k = 0; k < TILES; k++) write_tile(tiles + k * TILE_BYTES, m[k], matrix, first + k * PER_WARP, batch);
-  } else {
-    write_block(matrix, mine, batch, at, m[0]);
-  }
+  if (LANES == 1) write_tile(tile, m, matrix, first, batch); else write_block(matrix, mine, batch, at, m);
   __syncwarp();
-#pragma unroll 1
-  for (int k = 0; k < TILES; k++) {
-    bool wide = !DAMPED && !(low[k] >= LINEAR_TO);
-    if (__any_sync(~0u, wide)) forward_on_logarithms(logits, matrix, mine + k * PER_WARP, batch, num_iters, range_cap, wide);
-  }
+  if (!DAMPED && __any_sync(~0u, wide)) forward_on_logarithms(logits, matrix, mine, batch, num_iters, range_cap, wide);
 }
 
 #else

@@ -39,8 +39,6 @@ class _Launch:
     blocks: int
     #: Iterations whose scalings the backward keeps in registers (not for the damped recurrence).
     held: int = 0
-    #: Matrices that a lane of the forward works on side by side; more than one only where it holds whole matrices.
-    tiles: int = 1
 
     @property
     def lanes(self) -> int:
@@ -66,10 +64,12 @@ _FORWARD = {
 _BACKWARD = {
     False: (
         (4, _Launch(1, 1, 32, 16, held=7)),
+        (5, _Launch(1, 1, 32, 12, held=6)),
         (6, _Launch(1, 1, 32, 8, held=4)),
+        (7, _Launch(1, 1, 32, 8)),
         (8, _Launch(1, 1, 32, 4)),
-        (16, _Launch(4, 2, 32, 14)),
-        (32, _Launch(8, 4, 32, 14)),
+        (16, _Launch(2, 2, 32, 8)),
+        (32, _Launch(4, 4, 32, 8)),
     ),
     True: (
         (4, _Launch(1, 1, 32, 5)),
@@ -102,7 +102,6 @@ def flags(n: int, element: int, launch: _Launch, **switches: bool) -> tuple[str,
         "THREADS": launch.threads,
         "BLOCKS": launch.blocks,
         "HELD": launch.held,
-        "TILES": launch.tiles,
         "PAIRS_A": pairs,
         "PAIRS_B": pairs,
         **{name.upper(): int(value) for name, value in switches.items()},
@@ -173,7 +172,7 @@ def _history_bytes(n: int, launch: _Launch, real_bytes: int) -> int:
 
 
 def _blocks(batch: int, launch: _Launch) -> int:
-    return -(-batch // (launch.threads // launch.lanes * launch.tiles))
+    return -(-batch // (launch.threads // launch.lanes))
 
 
 def _scalars(
@@ -232,7 +231,7 @@ def sinkhorn_forward(
             np.int64(batch),
             *_scalars(num_iters, None, eps_start, eps_den, range_cap, element == 3),
         ),
-        shared_bytes=launch.threads // 32 * launch.tiles * _tile_bytes(n, launch, logits.dtype.itemsize),
+        shared_bytes=launch.threads // 32 * _tile_bytes(n, launch, logits.dtype.itemsize),
     )
     return matrix
 

@@ -9,7 +9,6 @@
 //   BACKWARD     which of the two kernels
 //   THREADS, BLOCKS   launch bounds
 //   PAIRS_A, PAIRS_B  how many pairs of sums share a reciprocal in the column step and in the row step of the forward
-//   TILES        matrices that a lane of the forward works on side by side (where a lane holds whole matrices)
 //   HELD         iterations whose scalings the backward keeps in registers
 //
 // Two sums share a reciprocal where no entry is below 2^-60 of its column's largest, so that their product is safe (double:
@@ -341,24 +340,41 @@ INLINE int piece_at(int p) {
   return matrix * EACH_MATRIX + (piece ^ ((matrix * SPREAD / 8) & (SPREAD - 1)));
 }
 
-// Start copying the warp's tile; bytes beyond the batch read as zero.
-INLINE void fetch_tile(unsigned char* shared, const element* source, i64 first, i64 batch) {
-  const unsigned char* from = (const unsigned char*)(source + first * (N * N));
-  i64 left = (batch - first) * MATRIX_BYTES;
-#pragma unroll
-  for (int k = 0; k < (TILE_PIECES + 31) / 32; k++) {
-    int p = k * 32 + (threadIdx.x & 31);
-    if (TILE_PIECES % 32 && p >= TILE_PIECES) break;
-    i64 here = left - (i64)p * 16;
-    int bytes = here >= 16 ? 16 : here > 0 ? (int)here : 0;
-    unsigned char* to = shared + piece_at(p) * 16;
-    const unsigned char* piece = bytes ? from + (i64)p * 16 : (const unsigned char*)source;
+// The same for piece 32 k + lane, with a constant between one k and the next where the placing allows it.
+INLINE int own_piece_at(int k) {
+  int lane = threadIdx.x & 31;
+  return PIECES <= 4 || !SWIZZLED ? piece_at(lane) + 32 * k : piece_at(32 * k + lane);
+}
+// Piece p of the lane's own matrix.
+INLINE int matrix_piece_at(int p) {
+  int begin = (int)(threadIdx.x & 31) * PIECES;
+  return SWIZZLED ? piece_at(begin) ^ p : begin + p;
+}
+INLINE bool has_piece(int k) { return TILE_PIECES % 32 == 0 || k * 32 + (int)(threadIdx.x & 31) < TILE_PIECES; }
+
+// Start copying the warp's tile; bytes beyond the batch read as zero. A tile that lies in the batch is copied without bounds.
+INLINE void fetch_piece(unsigned char* to, const unsigned char* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
-    u32 address = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(piece), "r"(bytes) : "memory");
+  u32 address = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 #else
-    for (int k = 0; k < 16; k++) to[k] = k < bytes ? piece[k] : 0;
+  for (int k = 0; k < 16; k++) to[k] = k < bytes ? from[k] : 0;
 #endif
+}
+INLINE void fetch_tile(unsigned char* shared, const element* source, i64 first, i64 batch) {
+  const unsigned char* from = (const unsigned char*)(source + first * (N * N)) + (threadIdx.x & 31) * 16;
+  if (first + 32 <= batch) {
+#pragma unroll
+    for (int k = 0; k < (TILE_PIECES + 31) / 32; k++)
+      if (has_piece(k)) fetch_piece(shared + own_piece_at(k) * 16, from + k * 512, 16);
+    return;
+  }
+  i64 left = (const unsigned char*)(source + batch * (N * N)) - from;
+#pragma unroll 1
+  for (int k = 0; k < (TILE_PIECES + 31) / 32; k++) {
+    i64 here = left - k * 512;
+    int bytes = here >= 16 ? 16 : here > 0 ? (int)here : 0;
+    if (has_piece(k)) fetch_piece(shared + own_piece_at(k) * 16, bytes ? from + k * 512 : (const unsigned char*)source, bytes);
   }
 }
 INLINE void wait_tile() {
@@ -373,7 +389,7 @@ INLINE void read_tile(const unsigned char* shared, Block &m) {
   if (IN_PIECES) {
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
-      uint4 word = *(const uint4*)(shared + piece_at(lane * PIECES + p) * 16);
+      uint4 word = *(const uint4*)(shared + matrix_piece_at(p) * 16);
       const element* x = (const element*)&word;
 #pragma unroll
       for (int k = 0; k < EACH; k++) m[entry((p * EACH + k) / N, (p * EACH + k) % N)] = widen(x[k]);
@@ -401,7 +417,7 @@ INLINE void write_tile(unsigned char* shared, const Block &m, element* target, i
       element* x = (element*)&word;
 #pragma unroll
       for (int k = 0; k < EACH; k++) x[k] = narrow(m[entry((p * EACH + k) / N, (p * EACH + k) % N)]);
-      *(uint4*)(shared + piece_at(lane * PIECES + p) * 16) = word;
+      *(uint4*)(shared + matrix_piece_at(p) * 16) = word;
     }
   } else {
     element* x = (element*)shared + lane * (N * N);
@@ -410,11 +426,8 @@ INLINE void write_tile(unsigned char* shared, const Block &m, element* target, i
   }
   __syncwarp();
 #pragma unroll
-  for (int k = 0; k < (TILE_PIECES + 31) / 32; k++) {
-    int p = k * 32 + lane;
-    if (TILE_PIECES % 32 && p >= TILE_PIECES) break;
-    __stcs((uint4*)to + p, *(const uint4*)(shared + piece_at(p) * 16));
-  }
+  for (int k = 0; k < (TILE_PIECES + 31) / 32; k++)
+    if (has_piece(k)) __stcs((uint4*)to + k * 32 + lane, *(const uint4*)(shared + own_piece_at(k) * 16));
 }
 
 // The lane's block straight from and to global memory.
