@@ -50,7 +50,8 @@ def expected(n: int, entry: float, layers: int, loss: float = 0.0) -> dict[str, 
 
 @pytest.mark.parametrize("num_steps", [0, 2])
 @pytest.mark.parametrize(
-    ("layers", "log2_entry"), [(1, 0), (2, 0), (3, 0), (3, -2), (3, -150), (3, 150), (1, -510), (1, -900), (1, 500)]
+    ("layers", "log2_entry"),
+    [(1, 0), (2, 0), (3, 0), (3, -2), (3, -150), (3, 150), (1, -510), (1, -900), (1, -1015), (1, 500)],
 )
 @pytest.mark.parametrize("n", [2, 4])
 def test_bounds_of_constant_matrices_bit_for_bit(n: int, layers: int, log2_entry: int, num_steps: int) -> None:
@@ -194,3 +195,26 @@ def test_a_product_scales_with_its_factors(n: int) -> None:
     for field in ("norm2_lower", "norm2_upper"):
         np.testing.assert_allclose(getattr(scaled, field), getattr(plain, field), rtol=1e-13)
     assert plain.norm2_upper - plain.norm2_lower <= 1e-9 * plain.norm2_upper
+
+
+@pytest.mark.parametrize("matrix", [[[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [5.0, 6.0, 0.0]], [[1.0, 3.0], [0.0, 1.0]]])
+def test_zero_columns_and_entries_leave_the_bounds_tight(matrix: list[list[float]]) -> None:
+    certificate = certify(np.array(matrix))
+    assert certificate.norm2_upper - certificate.norm2_lower <= 1e-12 * np.linalg.norm(matrix, 2)
+
+
+def test_without_steps_the_vector_of_ones_is_all_there_is() -> None:
+    matrix = np.random.default_rng(2).random((4, 4)) ** 3
+    bounds = [float(certify(matrix, num_steps=steps).norm2_upper) for steps in (0, 1, 2, 5)]
+    ones = np.sqrt((matrix.T @ (matrix @ np.ones(4))).max())
+    schur = np.sqrt(matrix.sum(axis=0).max() * matrix.sum(axis=1).max())
+    assert bounds[0] == pytest.approx(min(ones, schur), rel=1e-12)
+    assert bounds == sorted(bounds, reverse=True) and bounds[1] < bounds[0] * (1 - 1e-3)
+    assert bounds[3] == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-6)
+
+
+def test_the_radius_is_that_of_the_largest_sum() -> None:
+    matrix = np.array([[1.0, 1.0], [2.0**40, 2.0**40]])
+    for turned in (matrix, matrix.T):
+        certificate = certify(turned)
+        assert certificate.sums_radius == pytest.approx(2.0**41 * 2 * (2 + 4) * TWO_U, rel=1e-12)

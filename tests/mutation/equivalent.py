@@ -72,7 +72,17 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("_positive", "xp.ones_like", "xp.zeros_like"), ("_positive", "xp.max", "xp.min"),
         ("_positive", "True", "False"), ("_positive", "peak > 0", "peak >= 0"),
     ), "x is only scaled, and stays positive: zeros and what is no number are replaced by the floor"),
-    Equivalent("birkhoff.certificates", (("enclose", "low > 0", "low >= 0"),), "where equal, either is right"),
+    Equivalent("birkhoff.certificates", (
+        ("enclose", "low > 0", "low >= 0"), ("_bounds", "collatz < upper", "collatz <= upper"),
+        ("_positive", "scaled > _FLOOR", "scaled >= _FLOOR"),
+    ), "where equal, either is right"),
+    Equivalent("birkhoff.certificates", (("module", "2.0", "4.0"), ("module", "200", "201")),
+               "the floor of x: any tiny positive number"),
+    Equivalent("birkhoff.certificates", (
+        ("_bounds", "xp.max(z_high / x, axis=0) * (1.0 + 2 * _EPS) + 4 * _TINY64",
+         "xp.max(z_high / x, axis=0) * (1.0 + 2 * _EPS) - 4 * _TINY64"),
+        ("_bounds", "4", "5"),
+    ), "z carries 4 n of these already, and Schur's bound is smaller where they can be seen"),
     Equivalent("birkhoff.certificates", (("_scaled_norm", "xp.max", "xp.min"),),
                "the scale against overflow: any positive one gives the same norm where nothing overflows"),
     Equivalent("birkhoff.certificates",
@@ -112,6 +122,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
                "where equal, either is right"),
     Equivalent("birkhoff.solvers.range_cap", (("pull_cap", "1.0", "2.0"), ("push_cap", "1.0", "2.0")),
                "adds a constant to a first-normalised line, which changes nothing, or a sum over it, which is zero"),
+    Equivalent("birkhoff.solvers.protocol", (
+        ("from_text", "isinstance(parsed, ast.Call) and isinstance(parsed.func, ast.Name)",
+         "isinstance(parsed, ast.Call) or isinstance(parsed.func, ast.Name)"),
+    ), "an assertion for the type checker: what to_text writes satisfies both"),
     Equivalent("birkhoff.solvers.protocol", (
         ("to_text", "_write(solver) if text is None else text", "_write(solver) if not text is None else text"),
         ("to_text", "text is None", "text is not None"),
