@@ -36,6 +36,7 @@ template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T v) { *p = v; }
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t both = (uint64_t)b << 32 | a;
   unsigned out = 0;
@@ -135,6 +136,8 @@ template <int BYTES> DEVICE void copy_async(void* to, const void* from, bool val
   if (copies_late && BYTES > 2) fibres[current].open.push_back(copy);
   else perform(copy);
 }
+DEVICE void copy_async(void* to, const void* from) { copy_async<16>(to, from, true); }
+DEVICE void prefetch(const void*) {}
 DEVICE void copies_commit() {
   auto& fibre = fibres[current];
   fibre.groups.push_back(std::move(fibre.open));
@@ -161,6 +164,14 @@ DEVICE void load_matrices(u32* words, const void* row) {
   for (int m = 0; m < 4; m++) std::memcpy(words + m, (const char*)lanes[8 * m + p].row + 4 * q, 4);
 }
 
+DEVICE void load_transposed(u32* words, const void* row) {
+  auto& lanes = exchange({{}, {}, row});
+  const int q = current % 4, p = current % 32 / 4;
+  for (int m = 0; m < 4; m++)
+    for (int h = 0; h < 2; h++)
+      std::memcpy((char*)(words + m) + 2 * h, (const char*)lanes[8 * m + 2 * q + h].row + 2 * p, 2);
+}
+
 // d[r, c] += sum_k a[r, k] b[k, c]: element k sits in word k / 8, lane k % 8 / 2, half k % 2
 DEVICE void multiply(float* d, Operands (&lanes)[32], int depth) {
   const int q = current % 4, p = current % 32 / 4;
@@ -175,10 +186,14 @@ DEVICE void multiply(float* d, Operands (&lanes)[32], int depth) {
     d[e] = (float)sum;
   }
 }
-DEVICE void mma16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+DEVICE void mma16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, bool first = false) {
+  if (first) d[0] = d[1] = d[2] = d[3] = 0.f;
   multiply(d, exchange({{a0, a1, a2, a3}, {b0, b1}, nullptr}), 16);
 }
 DEVICE void mma8(float* d, u32 a0, u32 a1, u32 b0) { multiply(d, exchange({{a0, a1}, {b0}, nullptr}), 8); }
+DEVICE float __shfl_sync(unsigned, float value, int lane) {
+  return __uint_as_float(exchange({{__float_as_uint(value)}, {}, nullptr})[lane].a[0]);
+}
 DEVICE float __shfl_xor_sync(unsigned, float value, int mask) {
   return __uint_as_float(exchange({{__float_as_uint(value)}, {}, nullptr})[current % 32 ^ mask].a[0]);
 }

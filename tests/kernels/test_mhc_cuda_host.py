@@ -63,7 +63,9 @@ def nan(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ("n", "c", "m", "chained"),
     [
         (4, 264, 43, True),
+        pytest.param(4, 512, 19, True, marks=pytest.mark.slow),  # no channels to spare: unmasked copies
         pytest.param(4, 264, 43, False, marks=pytest.mark.slow),
+        pytest.param(6, 128, 9, False, marks=pytest.mark.slow),
         pytest.param(4, 90, 1, True, marks=pytest.mark.slow),
         pytest.param(3, 101, 19, True, marks=pytest.mark.slow),
         pytest.param(2, 50, 30, True, marks=pytest.mark.slow),

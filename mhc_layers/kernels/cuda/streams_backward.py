@@ -133,7 +133,7 @@ def streams_backward(x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, 
         ``(S, N, K)`` float32, one slab per split of the tokens; their sum in order is the gradient of phi.
     """
     if x.numel() == 0:
-        return torch.empty_like(x), x.new_zeros((1, *phi.shape), dtype=torch.float32)
+        return torch.empty_like(x), x.new_empty((0, *phi.shape), dtype=torch.float32)
     dx, slabs, _, _ = _launch(x, g, gu, mix, dz, phi, None)
     return dx, slabs
 
@@ -176,8 +176,8 @@ def streams_backward_chained(
     """
     n, big_n = x.shape[-2], phi.shape[0]
     if x.numel() == 0:
-        zero = x.new_zeros((1, *phi.shape), dtype=torch.float32)
-        return torch.empty_like(x), zero, torch.empty_like(f), torch.empty_like(proj)
+        none = x.new_empty((0, *phi.shape), dtype=torch.float32)
+        return torch.empty_like(x), none, torch.empty_like(f), torch.empty_like(proj)
     dx, slabs, df, dots = _launch(x, g, gu, mix, dz, phi, (y, f, proj, alpha_post, bias, post_multiplier))
     dcoef, m = torch.empty_like(proj), dots.shape[1]
     prepared = _prepare(n, x.shape[-1], mix.shape[-1], dz.shape[-1], True, x.get_device())
