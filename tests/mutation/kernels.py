@@ -8,6 +8,7 @@ padding, one or more for every part of every kernel.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from tests.mutation.targets import ROOT
 
-__all__ = ["KERNEL_MUTANTS", "KernelMutant", "main"]
+__all__ = ["KERNEL_MUTANTS", "KernelMutant", "known_kernels", "main"]
 
 _COPIED = ("birkhoff", "mhc_layers", "proofs", "tests", "pyproject.toml")
 
@@ -74,7 +75,7 @@ KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
     KernelMutant(_LINES, "m[i * n + j] + v[j]", "m[i * n + j] + v[i]", "test_wide_logits"),
     KernelMutant(_LINES, "-top[i] - tl.log2(total[i])", "-top[i] + tl.log2(total[i])", "test_wide_logits"),
     KernelMutant(_LINES, "-top - tl.log2(", "top - tl.log2(", "test_wide_logits"),
-    KernelMutant(_LINES, "tl.where(total == 0.0, 1.0, total))", "total)", "test_bad_neighbours"),
+    KernelMutant(_LINES, "reciprocal(tl.where(total == 0.0, 1.0, total))", "reciprocal(total)", "test_bad_neighbours"),
     KernelMutant(_LINES, "tl.where(total[i] == 0.0, 1.0, total[i])", "total[i]", "test_bad_neighbours"),
     KernelMutant(_LINES, "tl.fma(v[i], q[j], dm[i * n + j])", "tl.fma(v[j], q[i], dm[i * n + j])", _BOTH),
     KernelMutant(_LINES, "tl.fma(q[i], v[j], dm[i * n + j])", "tl.fma(q[j], v[i], dm[i * n + j])", _BOTH),
@@ -172,9 +173,16 @@ def is_rejected(mutant: KernelMutant) -> bool:
     return done.returncode == 1
 
 
+def known_kernels(path: Path) -> dict[tuple[str, str, str], bool]:
+    """Whether each mutant was rejected when it was last tried, by path, before and after."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(r["path"], r["before"], r["after"]): r["rejected"] for r in records}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 if every mutant was rejected."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.kernels")
+    parser.add_argument("--records", type=Path, default=Path("mutation_kernels.jsonl"), help="verdicts are added to it")
     parser.add_argument("--only", default="", help="mutants whose path or text holds this")
     options = parser.parse_args(arguments)
     chosen = [mutant for mutant in KERNEL_MUTANTS if options.only in f"{mutant.path}: {mutant.before}"]
@@ -183,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rejected = is_rejected(mutant)
         left += [] if rejected else [mutant]
         verdict = "rejected" if rejected else "SURVIVED"
+        with options.records.open("a", encoding="utf-8") as stream:
+            record = {"path": mutant.path, "before": mutant.before, "after": mutant.after, "rejected": rejected}
+            print(json.dumps(record), file=stream)
         print(f"{verdict} {mutant.path}: {mutant.before!r} -> {mutant.after!r}", flush=True)
     print(f"{len(chosen) - len(left)} of {len(chosen)} rejected")
     return 1 if left else 0

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from tests.mutation.__main__ import known
 from tests.mutation.equivalent import EQUIVALENT, reason
+from tests.mutation.kernels import KERNEL_MUTANTS, known_kernels
 from tests.mutation.operators import Mutant, mutants
 from tests.mutation.targets import TARGETS
 
-__all__ = ["main", "render"]
+__all__ = ["main", "render", "render_kernels"]
 
 _HEAD = """# Measured: mutation of the numerical core
 
@@ -31,6 +32,18 @@ that took more than twenty times (and five seconds) longer than it should.
 |---|---|---|---|---|---|---|---|---|---|
 """
 
+
+_KERNELS = """## Kernels
+
+A kernel is compiled from its text, so its mutants are texts. `python -m tests.mutation.kernels` replaces one at a time
+in a copy of the sources and runs the named tests of the Triton interpreter there. The list is our own (wrong indices,
+signs and orders, dropped terms, thresholds), one or more for every part of every Triton kernel. Each that survived at
+first led to a test: damping large enough to count, rows of zeros, equal largest logits under a range cap, the value of
+the closed form of n = 2, the bits of a rebuilt block, epsilons of a site.
+
+| file | mutants | rejected |
+|---|---|---|
+"""
 
 Judged = tuple[str, Mutant, str]
 """Module, mutant, and what became of it: ``"claim"``, ``"test"``, ``"other"``, ``"argued"`` or ``"left"``."""
@@ -72,11 +85,29 @@ def render(judged: Sequence[Judged]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def render_kernels(path: Path) -> str:
+    """The section on the mutants of kernels."""
+    verdicts = known_kernels(path)
+    counts: collections.Counter[str] = collections.Counter()
+    rejected: collections.Counter[str] = collections.Counter()
+    left = []
+    for mutant in KERNEL_MUTANTS:
+        counts[mutant.path] += 1
+        if verdicts[mutant.path, mutant.before, mutant.after]:
+            rejected[mutant.path] += 1
+        else:
+            left.append(f"- `{mutant.path}`: `{mutant.before}` to `{mutant.after}`")
+    rows = [f"| `{name}` | {counts[name]} | {rejected[name]} |" for name in sorted(counts)]
+    total = f"| **all** | {sum(counts.values())} | {sum(rejected.values())} |"
+    return "\n".join([_KERNELS.rstrip(), *rows, total, "", *left]).rstrip() + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.page", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("page", type=Path)
     parser.add_argument("--records", type=Path, default=Path("mutation.jsonl"))
+    parser.add_argument("--kernels", type=Path, help="records of python -m tests.mutation.kernels")
     options = parser.parse_args(arguments)
     verdicts = known(options.records)
     judged: list[Judged] = []
@@ -87,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{target.module}:{mutant.line} has not been tried: {mutant.before} to {mutant.after}")
                 return 1
             judged.append((target.module, mutant, _judge(target.module, mutant, verdict)))
-    options.page.write_text(render(judged), encoding="utf-8")
+    text = render(judged) + ("" if options.kernels is None else "\n" + render_kernels(options.kernels))
+    options.page.write_text(text, encoding="utf-8")
     return 0
 
 
