@@ -143,7 +143,7 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 def saved_by_recompute(num_tokens: int, num_sites: int, dim: int) -> int:
     """Bytes that recomputation in the best blocks keeps less than fused sites without it, n = 4, bfloat16 streams."""
-    everything = num_sites * (kept_bytes(num_tokens, 1, 4, dim) + 2 * num_tokens * dim)  # x, f, coefficients; and u
+    everything = num_sites * num_tokens * (6 * 2 * dim + 100)  # streams, f and u; normalised projections and 1/r
     blocks = block_boundaries([num_sites], num_streams=4)
     return everything - sum(kept_bytes(num_tokens, stop - start, 4, dim) for start, stop in blocks)
 
