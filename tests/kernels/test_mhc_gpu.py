@@ -215,12 +215,16 @@ def test_kept_memory_is_a_hundred_bytes_a_token() -> None:
     u, state = fused.pre(x)
     out = fused.post(x, f, state)
     del u, state, out
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+
+    def requested() -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]  # not what the allocator rounds it to
+
+    before = requested()
     u, state = fused.pre(x)
     out = fused.post(x, f, state)
     del state
-    kept = torch.cuda.memory_allocated() - before - u.nbytes - out.nbytes
+    kept = requested() - before - u.nbytes - out.nbytes
     assert kept <= 100 * tokens + 4096
 
 
@@ -232,10 +236,16 @@ def test_a_block_is_rebuilt_to_the_bit(n: int, c: int, sites: int) -> None:
     xs, us = torch.ops.mhc_layers.recompute_block(x, fs, coefs[:-1], coefs)
     assert len(xs) == sites - 1
     for index in range(sites):
-        assert torch.equal(us[index], leaf("read_forward", x)(x, coefs[index]))
+        assert_same_bits(us[index], leaf("read_forward", x)(x, coefs[index]), f"u of site {index}")
         if index + 1 < sites:
             x = leaf("write_forward", x)(x, fs[index], coefs[index])
-            assert torch.equal(xs[index], x)
+            assert_same_bits(xs[index], x, f"streams after site {index}")
+
+
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    wrong = got != expected
+    largest = float((got.double() - expected.double()).abs().max())
+    assert not wrong.any(), f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, by at most {largest:.2e}"
 
 
 @pytest.mark.slow
