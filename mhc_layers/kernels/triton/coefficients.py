@@ -92,17 +92,48 @@ def project_kernel(
 
 
 @triton.jit
-def _sum_slabs(SLABS, offset, mask, stride, S):
-    """Sum of S partial products in the order s = 0, 1, ..., S - 1; four loads at a time, so that they overlap."""
-    total = tl.load(SLABS + offset, mask=mask, other=0.0)
+def _load_parts(SLABS, SQUARES, s, tok, mask, pre_at, pre_mask, res_at, res_mask, M, n: tl.constexpr):
+    """Slab s of a token's sum of squares, and of its columns pre, post and res."""
+    tokens = tl.cast(M, tl.int64)
+    stride = tokens * (n * (n + 2))
+    square = tl.load(SQUARES + s * tokens + tok, mask=mask, other=0.0)
+    pre = tl.load(SLABS + s * stride + pre_at, mask=pre_mask, other=0.0)
+    post = tl.load(SLABS + s * stride + pre_at + n, mask=pre_mask, other=0.0)
+    res = tl.load(SLABS + s * stride + res_at, mask=res_mask, other=0.0)
+    return square, pre, post, res
+
+
+@triton.jit
+def _sum_slabs(SLABS, SQUARES, tok, live, pre_at, pre_mask, res_at, res_mask, M, S, n: tl.constexpr):
+    """Sums over the slabs in the order s = 0, 1, ..., S - 1; the loads of four slabs do not wait for each other."""
+    square, pre, post, res = _load_parts(SLABS, SQUARES, 0, tok, live, pre_at, pre_mask, res_at, res_mask, M, n)
     for start in range(1, S, 4):
         parts = ()
         for d in tl.static_range(4):
-            exists = tl.full(offset.shape, start + d, tl.int32) < S
-            parts = parts + (tl.load(SLABS + (start + d) * stride + offset, mask=mask & exists, other=0.0),)
+            s = start + d
+            exists = tl.full(tok.shape, s, tl.int32) < S
+            pre_exists = tl.full(pre_at.shape, s, tl.int32) < S
+            res_exists = tl.full(res_at.shape, s, tl.int32) < S
+            part = _load_parts(
+                SLABS,
+                SQUARES,
+                s,
+                tok,
+                live & exists,
+                pre_at,
+                pre_mask & pre_exists,
+                res_at,
+                res_mask & res_exists,
+                M,
+                n,
+            )
+            parts = parts + (part,)
         for d in tl.static_range(4):
-            total += parts[d]
-    return total
+            square += parts[d][0]
+            pre += parts[d][1]
+            post += parts[d][2]
+            res += parts[d][3]
+    return square, pre, post, res
 
 
 @triton.jit(do_not_specialize=["M", "S"])
@@ -138,52 +169,51 @@ def finish_kernel(
     N: tl.constexpr = n * (n + 2)
     tok = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     live = tok < M
-    stride = tl.cast(M, tl.int64) * N
-    square = _sum_slabs(SQUARES, tok, live, tl.cast(M, tl.int64), S)
-    rstd = tl.rsqrt(square * inv_k + norm_eps)
-    tl.store(RSTD + tok, rstd, mask=live)
-
     i = tl.arange(0, NS)
     pair = live[:, None] & (i < n)[None, :]
     at = tok[:, None] * N + i[None, :]
-    p = _sum_slabs(SLABS, at, pair, stride, S) * rstd[:, None]
-    tl.store(PROJ + at, p, mask=pair)
-    logits = tl.load(ALPHA_PRE) * p + tl.load(BIAS + i, mask=i < n, other=0.0)[None, :]
-    tl.store(COEF + at, tl.sigmoid(logits) + eps_pre, mask=pair)
-    at += n
-    p = _sum_slabs(SLABS, at, pair, stride, S) * rstd[:, None]
-    tl.store(PROJ + at, p, mask=pair)
-    logits = tl.load(ALPHA_POST) * p + tl.load(BIAS + n + i, mask=i < n, other=0.0)[None, :]
-    tl.store(COEF + at, post_scale * tl.sigmoid(logits), mask=pair)
-
-    alpha = tl.load(ALPHA_RES)
     if LANE:
         k = tl.arange(0, W)[None, :]
-        mask = live[:, None] & (k < n * n)
-        at = tok[:, None] * N + 2 * n + k
-        p = _sum_slabs(SLABS, at, mask, stride, S) * rstd[:, None]
-        tl.store(PROJ + at, p, mask=mask)
-        logits = alpha * p + tl.load(BIAS + 2 * n + k, mask=k < n * n, other=0.0)
-        cells = tile.unpack(logits, BT, W)
-        h_res = tile.sinkhorn(cells, ITERS, n, METHOD, COLUMNS_FIRST, True, EPS_START, EPS_DEN)
-        if TRANSPOSED:
-            at = tok[:, None] * N + 2 * n + (k % n) * n + k // n
-        tl.store(COEF + at, tile.pack(h_res, BT, W, n * n), mask=mask)
+        res_mask = live[:, None] & (k < n * n)
+        res_at = tok[:, None] * N + 2 * n + k
     else:
         a = tl.arange(0, NS)[None, :, None]
         b = tl.arange(0, NS)[None, None, :]
         real = (a < n) & (b < n)
-        square_mask = live[:, None, None] & real
+        res_mask = live[:, None, None] & real
         cell = 2 * n + a * n + b
-        cells_at = tok[:, None, None] * N + cell
-        p = _sum_slabs(SLABS, cells_at, square_mask, stride, S) * rstd[:, None, None]
-        tl.store(PROJ + cells_at, p, mask=square_mask)
-        logits = alpha * p + tl.load(BIAS + cell, mask=real, other=0.0)
+        res_at = tok[:, None, None] * N + cell
+    square, pre, post, res = _sum_slabs(SLABS, SQUARES, tok, live, at, pair, res_at, res_mask, M, S, n)
+    rstd = tl.rsqrt(square * inv_k + norm_eps)
+    tl.store(RSTD + tok, rstd, mask=live)
+
+    pre *= rstd[:, None]
+    tl.store(PROJ + at, pre, mask=pair)
+    logits = tl.load(ALPHA_PRE) * pre + tl.load(BIAS + i, mask=i < n, other=0.0)[None, :]
+    tl.store(COEF + at, tl.sigmoid(logits) + eps_pre, mask=pair)
+    post *= rstd[:, None]
+    tl.store(PROJ + at + n, post, mask=pair)
+    logits = tl.load(ALPHA_POST) * post + tl.load(BIAS + n + i, mask=i < n, other=0.0)[None, :]
+    tl.store(COEF + at + n, post_scale * tl.sigmoid(logits), mask=pair)
+
+    alpha = tl.load(ALPHA_RES)
+    if LANE:
+        res *= rstd[:, None]
+        tl.store(PROJ + res_at, res, mask=res_mask)
+        logits = alpha * res + tl.load(BIAS + 2 * n + k, mask=k < n * n, other=0.0)
+        cells = tile.unpack(logits, BT, W)
+        h_res = tile.sinkhorn(cells, ITERS, n, METHOD, COLUMNS_FIRST, True, EPS_START, EPS_DEN)
+        if TRANSPOSED:
+            res_at = tok[:, None] * N + 2 * n + (k % n) * n + k // n
+        tl.store(COEF + res_at, tile.pack(h_res, BT, W, n * n), mask=res_mask)
+    else:
+        res *= rstd[:, None, None]
+        tl.store(PROJ + res_at, res, mask=res_mask)
+        logits = alpha * res + tl.load(BIAS + cell, mask=real, other=0.0)
         h_res = tile.sinkhorn(logits, ITERS, n, METHOD, COLUMNS_FIRST, False, EPS_START, EPS_DEN)
         if TRANSPOSED:
-            tl.store(COEF + tok[:, None, None] * N + (2 * n + b * n + a), h_res, mask=square_mask)
-        else:
-            tl.store(COEF + cells_at, h_res, mask=square_mask)
+            res_at = tok[:, None, None] * N + (2 * n + b * n + a)
+        tl.store(COEF + res_at, h_res, mask=res_mask)
 
 
 def project(
