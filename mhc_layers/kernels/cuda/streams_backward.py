@@ -6,14 +6,14 @@ Tokens M (any leading axes), streams n, channels C, K = nC, N = n(n + 2). Everyt
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from birkhoff.kernels.cuda.compiler import Kernel
-from mhc_layers.kernels.cuda.launch import kernels, refuse, token_splits
+from birkhoff.kernels.cuda.launcher import PreparedLaunch
+from mhc_layers.kernels.cuda.launch import kernels, refuse, start, token_splits
 
 __all__ = ["applies", "applies_chained", "streams_backward", "streams_backward_chained"]
 
@@ -50,61 +50,43 @@ def _geometry(num_streams: int, num_mix: int, num_dz: int, chained: bool) -> tup
 
 
 class _Prepared(NamedTuple):
-    """Compiled code for one kind of site on one device, and the shape of its blocks."""
+    """What one kind of site on one device launches, but for its tensors, and the slabs that come out."""
 
-    backward: Kernel
-    sum_dots: Kernel
-    block_c: int
-    shared_bytes: int
+    backward: PreparedLaunch
+    sum_dots: PreparedLaunch | None
+    groups: int
+    splits: int
 
 
-@functools.lru_cache(maxsize=256)
-def _prepare(num_streams: int, dim: int, num_mix: int, num_dz: int, chained: bool, device: int) -> _Prepared:
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    num_tokens: int,
+    num_streams: int,
+    dim: int,
+    num_mix: int,
+    num_dz: int,
+    post_multiplier: float | None,
+    device: int,
+) -> _Prepared:
+    """Compiled for a shape, with ``post_multiplier`` where it is chained."""
+    chained = post_multiplier is not None
     block_c, shared = _geometry(num_streams, num_mix, num_dz, chained)
     macros = (f"-DMIX_COLUMNS={num_mix}", f"-DDZ_COLUMNS={num_dz}", f"-DSHARED_BYTES={shared}")
     module = kernels("streams_backward", num_streams, dim, (*macros, "-DCHAINED") if chained else macros, device)
-    return _Prepared(module.function("streams_backward_kernel"), module.function("sum_dots_kernel"), block_c, shared)
-
-
-def _launch(
-    x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, phi: Tensor, before: tuple[Any, ...] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (n, c), big_n = x.shape[-2:], phi.shape[0]
-    m = x.numel() // (n * c)
-    chained = before is not None
-    prepared = _prepare(n, c, mix.shape[-1], dz.shape[-1], chained, x.get_device())
-    groups = -(-c // prepared.block_c)
-    splits = token_splits(m, _TOKENS, groups, 4, x.get_device())
-    dx = torch.empty_like(x)
-    slabs = torch.empty((splits, big_n, n * c), dtype=torch.float32, device=x.device)
-    y, f, proj, alpha_post, bias, post_multiplier = before or (x, gu, mix, mix, mix, 0.0)
-    df = torch.empty_like(f) if chained else dx
-    dots = torch.empty((groups, m, n + n * n), dtype=torch.float32, device=x.device) if chained else slabs
-    prepared.backward(
-        (groups, splits),
-        (32 * _WARPS,),
-        (
-            x,
-            g,
-            gu,
-            mix,
-            dz,
-            phi,
-            y,
-            f,
-            proj,
-            alpha_post,
-            bias,
-            np.float32(post_multiplier),
-            dx,
-            slabs,
-            df,
-            dots,
-            np.int32(m),
-        ),
-        shared_bytes=prepared.shared_bytes,
-    )
-    return dx, slabs, df, dots
+    groups = -(-dim // block_c)
+    splits = token_splits(num_tokens, _TOKENS, groups, 4, device)
+    arguments = (*[None] * 11, np.float32(post_multiplier or 0.0), *[None] * 4, np.int32(num_tokens))
+    with torch.cuda.device(device):
+        backward = module.function("streams_backward_kernel").prepare(
+            (groups, splits), (32 * _WARPS,), arguments, shared_bytes=shared
+        )
+        if not chained:
+            return _Prepared(backward, None, groups, splits)
+        blocks = -(-num_tokens * num_streams * (num_streams + 2) // 256)
+        sum_dots = module.function("sum_dots_kernel").prepare(
+            (blocks,), (256,), (None, None, np.int32(groups), np.int32(num_tokens))
+        )
+    return _Prepared(backward, sum_dots, groups, splits)
 
 
 def streams_backward(x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +115,12 @@ def streams_backward(x: Tensor, g: Tensor, gu: Tensor, mix: Tensor, dz: Tensor, 
         ``(S, N, K)`` float32, one slab per split of the tokens; their sum in order is the gradient of phi.
     """
     if x.numel() == 0:
-        return torch.empty_like(x), x.new_empty((0, *phi.shape), dtype=torch.float32)
-    dx, slabs, _, _ = _launch(x, g, gu, mix, dz, phi, None)
+        return torch.empty_like(x), phi.new_empty((0, *phi.shape))
+    n, c = x.shape[-2:]
+    prepared = _prepare(x.numel() // (n * c), n, c, mix.shape[-1], dz.shape[-1], None, x.get_device())
+    dx, slabs = torch.empty_like(x), phi.new_empty((prepared.splits, *phi.shape))
+    # addresses for arguments that the kernel does not read
+    start(prepared.backward, x, g, gu, mix, dz, phi, x, gu, mix, mix, mix, dx, slabs, dx, slabs)
     return dx, slabs
 
 
@@ -174,12 +160,14 @@ def streams_backward_chained(
     dcoef : Tensor
         ``(M, N)`` float32: gradient of the site's coefficients, zero in the columns of ``h_pre``.
     """
-    n, big_n = x.shape[-2], phi.shape[0]
     if x.numel() == 0:
-        none = x.new_empty((0, *phi.shape), dtype=torch.float32)
-        return torch.empty_like(x), none, torch.empty_like(f), torch.empty_like(proj)
-    dx, slabs, df, dots = _launch(x, g, gu, mix, dz, phi, (y, f, proj, alpha_post, bias, post_multiplier))
-    dcoef, m = torch.empty_like(proj), dots.shape[1]
-    prepared = _prepare(n, x.shape[-1], mix.shape[-1], dz.shape[-1], True, x.get_device())
-    prepared.sum_dots((-(-m * big_n // 256),), (256,), (dots, dcoef, np.int32(dots.shape[0]), np.int32(m)))
+        return torch.empty_like(x), phi.new_empty((0, *phi.shape)), torch.empty_like(f), torch.empty_like(proj)
+    n, c = x.shape[-2:]
+    m = x.numel() // (n * c)
+    prepared = _prepare(m, n, c, mix.shape[-1], dz.shape[-1], post_multiplier, x.get_device())
+    dx, df, dcoef = torch.empty_like(x), torch.empty_like(f), torch.empty_like(proj)
+    slabs, dots = phi.new_empty((prepared.splits, *phi.shape)), phi.new_empty((prepared.groups, m, n + n * n))
+    start(prepared.backward, x, g, gu, mix, dz, phi, y, f, proj, alpha_post, bias, dx, slabs, df, dots)
+    if prepared.sum_dots is not None:
+        start(prepared.sum_dots, dots, dcoef)
     return dx, slabs, df, dcoef
