@@ -20,6 +20,7 @@ from mhc_layers.kernels import plain
 from mhc_layers.kernels.options import options_key, site_options
 from mhc_layers.kernels.table import LEAVES, explain
 from tests.kernels.mhc_cases import leaves_chain, make_problem, oracle, relative_error
+from tests.kernels.mhc_cuda_cases import Site
 
 pytest.importorskip("triton")
 
@@ -88,6 +89,20 @@ def test_no_tokens() -> None:
     assert ours["dx"].shape == (0, 4, 24)
     assert torch.equal(ours["dphi"], torch.zeros(24, 96))
     assert not ours["dbias"].any()
+
+
+def test_last_backward_kernel_in_turn_equals_in_ranges() -> None:
+    from mhc_layers.kernels.triton.configs import StreamsBackwardConfig
+
+    site = Site(4, 24, 150, device="cpu")
+    leaf, arguments = triton_leaf("streams_backward"), (site.x, site.g, site.gu, site.mix, site.dz, site.phi)
+    ranges, in_turn = (leaf(*arguments, config=StreamsBackwardConfig(16, 32, 4, k, 4, 1)) for k in (2, 10))
+    assert torch.equal(ranges[0], in_turn[0])
+    assert in_turn[1].shape[0] == 10
+    expected, expected_dphi = site.streams_backward()
+    rounded, summed = TOLERANCE[torch.bfloat16]
+    assert relative_error(in_turn[0], expected) < rounded
+    assert relative_error(in_turn[1].double().sum(0), expected_dphi) < summed
 
 
 @pytest.mark.parametrize("absent", ["g", "gu"])

@@ -26,6 +26,9 @@ from mhc_layers.kernels.triton.launch import Launch
 
 __all__ = ["reduce_slabs", "streams_backward"]
 
+#: Up to this many token splits are ranges of tokens; more take tiles in turn (``measured/layer_kernels.md``).
+_MOST_RANGES = 8
+
 
 @triton.jit(do_not_specialize=["M", "SPAN"])
 def streams_backward_kernel(
@@ -47,6 +50,7 @@ def streams_backward_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
+    IN_TURN: tl.constexpr,
     TERMS: tl.constexpr,
     HAS_G: tl.constexpr,
     HAS_GU: tl.constexpr,
@@ -79,9 +83,19 @@ def streams_backward_kernel(
         else:
             phi_hi = phi_hi + (w,)
         acc = acc + (tl.zeros((BC, NP), tl.float32),)
-    begin = split * SPAN
-    end = tl.minimum(M, begin + SPAN)
-    for t in tl.range(begin, end, BT, num_stages=STAGES):
+    if IN_TURN:
+        # SPAN programs take tiles in turn, from the last token on: those are the ones that B1 has read just now
+        begin = split * BT
+        end = M
+        step = SPAN * BT
+    else:
+        begin = split * SPAN
+        end = tl.minimum(M, begin + SPAN)
+        step = BT
+    for start in tl.range(begin, end, step, num_stages=STAGES):
+        t = start
+        if IN_TURN:
+            t = (M + BT - 1) // BT * BT - BT - start
         tok = t + tl.arange(0, BT)
         live = tok < end
         tok64 = tok.to(tl.int64)
@@ -223,7 +237,7 @@ def streams_backward_launch(
         )
     span = cdiv(cdiv(num_tokens, config.num_splits), config.block_tokens) * config.block_tokens
     num_splits = cdiv(num_tokens, span)
-    two_terms = dtype == torch.bfloat16
+    two_terms, in_turn = dtype == torch.bfloat16, num_splits > _MOST_RANGES
     grid = (cdiv(dim, config.block_channels) * (num_streams // config.group), num_splits)
     constants = {
         "C": dim,
@@ -234,13 +248,20 @@ def streams_backward_launch(
         "BT": config.block_tokens,
         "BC": config.block_channels,
         "STAGES": config.num_stages,
+        "IN_TURN": in_turn,
         "TERMS": 2 if two_terms else 1,
         "HAS_G": has_g,
         "HAS_GU": has_gu,
         "UPCAST": is_interpreting() or not two_terms,
         "PRECISION": "ieee",
     }
-    return Launch(streams_backward_kernel, grid, (num_tokens, span), constants, config.num_warps), num_splits
+    return Launch(
+        streams_backward_kernel,
+        grid,
+        (num_tokens, num_splits if in_turn else span),
+        constants,
+        config.num_warps,
+    ), num_splits
 
 
 def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
