@@ -41,7 +41,7 @@ _NEWTON = ("tests/birkhoff/test_newton.py", *_SOLVERS)
 _EUCLIDEAN = ("tests/birkhoff/test_euclidean.py", *_SOLVERS)
 
 _CERTIFICATES = ("tests/birkhoff/test_certificate_formulas.py", "tests/birkhoff/test_certificates.py")
-_LIBRARIES = "not strict and not torch-"  # contracts on NumPy are enough: the libraries run the same lines
+_LIBRARIES = "not strict and not torch- and not is_quick"  # contracts on NumPy are enough: the libraries run the same lines
 
 
 def _only(name: str) -> str:
@@ -57,7 +57,7 @@ TARGETS: tuple[Target, ...] = (
     Target("birkhoff.solvers.euclidean", ("Euclidean",), False, _EUCLIDEAN, _only("Euclidean")),
     Target("birkhoff.solvers.range_cap", ("SinkhornKnopp", "SinkhornDamped"), False, _SOLVERS, _LIBRARIES),
     Target("birkhoff.solvers.protocol", ("SinkhornKnopp",), False, _SOLVERS, _LIBRARIES),
-    Target("birkhoff._math", _ALL, False, _NEWTON, "not torch-"),
+    Target("birkhoff._math", _ALL, False, _NEWTON, "not torch- and not is_quick"),
     Target("birkhoff._tangent", ("Newton",), False, _NEWTON, _only("Newton")),
     Target("birkhoff._elimination", ("Euclidean",), False, _EUCLIDEAN, _only("Euclidean")),
     Target("birkhoff.certificates", (), True, (*_SURVIVORS, *_CERTIFICATES)),
