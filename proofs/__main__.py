@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("reports")
     output.add_argument("--detail", action="store_true", help="one line a claim and projection")
     output.add_argument("--json", type=Path, metavar="FILE", help="write every outcome, failing examples bit for bit")
+    output.add_argument("--commit", metavar="HASH", help="what the JSON names, where git cannot say it")
     output.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
     output.add_argument("--list", action="store_true", help="print the claims and stop")
     return parser
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     settings |= {"wall_seconds": round(time.perf_counter() - started, 1), "not_tried": left}
     if options.json:
-        report.write_json(options.json, outcomes, settings)
+        report.write_json(options.json, outcomes, report.about(settings, options.commit))
     if options.junit:
         report.write_junit(options.junit, outcomes)
     if left:

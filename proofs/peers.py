@@ -39,7 +39,7 @@ on purpose; the table says in which statements the difference shows. What a cros
 statement must not rely on that function.
 
 `holds`: not refuted by the examples tried. `BROKEN`: refuted; the smallest failing example found is below.
-`-`: not claimed, for instance gradients of a NumPy function.
+`-`: not claimed, for instance gradients of a NumPy function. `not tried`: the run ended before.
 """
 
 
@@ -79,8 +79,8 @@ def _page(results: dict[str, list[dict[str, Any]]], versions: dict[str, str], pr
     table = {peer.function: {record["claim"]: record for record in results[peer.function]} for peer in peers}
     for claim in claims.PROJECTION_CLAIMS:
         records = [table[peer.function].get(claim.name) for peer in peers]
-        cells = ["-" if record is None else words[record["verdict"]] for record in records]
-        if any(cell != "-" for cell in cells):
+        cells = ["not tried" if record is None else words[record["verdict"]] for record in records]
+        if set(cells) & {"holds", "**BROKEN**"}:
             lines.append(f"| {claim.name} | " + " | ".join(cells) + " |")
     lines += ["", "## Smallest failing examples", ""]
     for peer in peers:
@@ -113,8 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in options.add:
         document = json.loads(path.read_text(encoding="utf-8"))
         name = str(document["settings"]["projection"]).rpartition(":")[2]
+        package = _DISTRIBUTIONS[next(peer.package for peer in adapters.PEERS if peer.function == name)]
         results[name] = document["outcomes"]
-        versions[name] = document.get("package", "see the report")
+        found = document["versions"]
+        versions[name] = f"{package} {found.get(package, '')}".strip() + f" on {found.get('device', 'a CPU')}"
     for peer in adapters.PEERS:
         reason = peer.missing()
         if peer.function in results:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import importlib.metadata
 import json
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +23,18 @@ from rich.text import Text
 from proofs._claim import Sample
 from proofs.runner import Outcome
 
-__all__ = ["describe", "explain", "load_failures", "print_failures", "print_table", "write_json", "write_junit"]
+__all__ = [
+    "about",
+    "as_record",
+    "describe",
+    "explain",
+    "load_failures",
+    "print_failures",
+    "print_table",
+    "versions",
+    "write_json",
+    "write_junit",
+]
 
 _STYLE = {"holds": "green", "broken": "bold red", "not claimed": "dim"}
 
@@ -111,10 +126,13 @@ def print_failures(console: Console, outcomes: Sequence[Outcome]) -> None:
             console.print()
 
 
-_OWN = ("birkhoff-mhc", "numpy", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "hypothesis", "python-flint")
+OWN = ("birkhoff-mhc", "numpy", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "hypothesis", "python-flint")
 
 
-def versions(packages: Sequence[str] = _OWN) -> dict[str, str]:
+_PEERS = ("POT", "hyper-connections", "transformers", "liger-kernel", "tile-kernels")
+
+
+def versions(packages: Sequence[str] = (*OWN, *_PEERS)) -> dict[str, str]:
     """Return the versions of Python and of the packages that are installed, and the name of the CUDA device."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in packages:
@@ -134,11 +152,6 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
     return {
         "claim": outcome.claim.name,
         "family": outcome.claim.family,
-        "statement": outcome.claim.statement,
-        "domain": outcome.claim.domain,
-        "method": outcome.claim.method,
-        "provenance": outcome.claim.provenance,
-        "lemma": outcome.claim.lemma,
         "subject": outcome.subject,
         "verdict": outcome.verdict,
         "reason": outcome.reason,
@@ -154,10 +167,34 @@ def _finite(value: float) -> float | str:
     return float(value) if np.isfinite(value) else str(value)
 
 
-def write_json(path: Path, outcomes: Sequence[Outcome], settings: dict[str, Any]) -> None:
-    """Write every outcome, the settings and the versions; failing examples bit for bit."""
-    document = {"settings": settings, "versions": versions(), "outcomes": [as_record(o) for o in outcomes]}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+def about(settings: dict[str, Any], commit: str | None = None) -> dict[str, Any]:
+    """Return when, where and on what a run was made; `commit` is for a tree without its git folder."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": commit or _commit(),
+        "settings": settings,
+        "versions": versions(),
+        "processors": os.cpu_count(),
+    }
+
+
+def _commit() -> str | None:
+    with contextlib.suppress(OSError):
+        here = Path(__file__).parent
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here)
+        if len(found.stdout.strip()) == 40:
+            return found.stdout.strip()
+    return None
+
+
+def write_json(path: Path, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> None:
+    """Write the facts of :func:`about`, every claim once, and every outcome on a line; failing examples bit for bit."""
+    told = ("statement", "domain", "method", "provenance", "lemma", "family")
+    chosen = {outcome.claim.name: outcome.claim for outcome in outcomes}
+    claims = {name: {key: getattr(claim, key) for key in told} for name, claim in chosen.items()}
+    head = json.dumps({**facts, "claims": claims}, indent=1)
+    lines = ",\n".join(json.dumps(as_record(outcome)) for outcome in outcomes)
+    path.write_text(f'{head.removesuffix("}").rstrip()},\n "outcomes": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def load_failures(path: Path) -> tuple[dict[str, Any], list[tuple[str, str, Sample]]]:

@@ -42,11 +42,12 @@ def test_the_page_shows_verdicts_and_examples_made_elsewhere(tmp_path: Path, mon
     chosen = claims.select(["last_side_exact", "kl_projection_of_small_logits"])
     outcomes = runner.run(chosen, [subject], Profile("test", 5, shrink_budget=50))
     stored, page = tmp_path / "liger.json", tmp_path / "peers.md"
-    report.write_json(stored, outcomes, {"projection": "proofs.adapters:liger"})
+    report.write_json(stored, outcomes, report.about({"projection": "proofs.adapters:liger"}))
     monkeypatch.setattr(adapters.Peer, "missing", lambda self: "left out of this test")
     assert peers.main([str(page), "--add", str(stored)]) == 0
     text = page.read_text()
     assert "| last_side_exact | holds |" in text
     assert "| kl_projection_of_small_logits | **BROKEN** |" in text
+    assert "permutation_equivariance" not in text  # nobody tried it
     assert "logits = [[[" in text and "`lucidrains`" not in text
     assert json.loads(stored.read_text())["outcomes"][0]["claim"] == "last_side_exact"

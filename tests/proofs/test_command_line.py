@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from proofs import runner
+from proofs import page, runner
 from proofs.__main__ import main
 from proofs._claim import Claim
 from proofs.backends import BACKENDS
@@ -32,11 +32,34 @@ def test_exit_status_says_whether_all_claims_hold(capsys: pytest.CaptureFixture[
 
 def test_reports_can_be_read_back_and_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, junit = tmp_path / "out.json", tmp_path / "out.xml"
-    assert main(["--projection", WRONG, *FEW, "--json", str(report), "--junit", str(junit), "--seed", "3"]) == 1
+    assert (
+        main(
+            [
+                "--projection",
+                WRONG,
+                *FEW,
+                "--json",
+                str(report),
+                "--junit",
+                str(junit),
+                "--seed",
+                "3",
+                "--commit",
+                "abc",
+            ]
+        )
+        == 1
+    )
     document = json.loads(report.read_text())
     verdicts = {outcome["claim"]: outcome["verdict"] for outcome in document["outcomes"]}
     assert verdicts == {"last_side_exact": "broken", "one_by_one_is_one": "holds"}
     assert document["settings"]["seed"] == 3 and "numpy" in document["versions"]
+    assert document["commit"] == "abc" and document["settings"]["not_tried"] == 0
+    assert document["claims"]["last_side_exact"]["lemma"] == "rownorm_sum"
+    text = page.render_report(report)
+    assert "1 hold, 1 broken, 0 not claimed, 0 not tried" in text and "commit abc" in text
+    assert "| last_side_exact | **broken 1/1** |" in text and "| one_by_one_is_one | 1 hold |" in text
+    assert "- broken: last\\_side\\_exact" in page.render_measured([report])
     suite = ElementTree.parse(junit).getroot()[0]
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
     assert main(["--projection", WRONG, "--replay", str(report)]) == 1
