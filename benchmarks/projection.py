@@ -37,7 +37,7 @@ __all__ = ["CASES", "CONTESTANTS", "Case", "Contestant", "main", "run"]
 PACKAGES = ("birkhoff-mhc", "numpy", "array-api-compat", "torch", "triton", "cupy-cuda13x", "POT", "hyper-connections")
 PACKAGES += ("liger-kernel", "tile-kernels", "tilelang")
 
-ROW_LIMIT = 40.0
+ROW_LIMIT = 25.0
 """Seconds after which a row is given up; a compiler can take minutes."""
 
 
