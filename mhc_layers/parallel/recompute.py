@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -357,7 +357,7 @@ class _Block:
         if self.rebuilder is not None:
             number = self.rebuilder.number(tensor)
             if number is None:
-                return tensor
+                return tensor.detach()
             self.waiting += 1
             return number
         self.num_saved += 1
@@ -421,29 +421,39 @@ class _Block:
 
 
 class _SublayerHooks:
-    """While a sublayer runs: keep what it saves, but not its input u, which the site has normalised."""
+    """While a sublayer runs: keep what it saves, but not its input u, which the site has normalised, or views of it."""
 
     def __init__(self, block: _Block, index: int, u: Tensor) -> None:
         self._block, self._index = block, index
-        self._u = _identity(u)
-        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._u = u.untyped_storage().data_ptr() if u.is_contiguous() and u.storage_offset() == 0 else None
+        self._dtype = u.dtype
+        self._hooks: saved_tensors_hooks | None = None
 
     def __enter__(self) -> None:
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+        # the hooks hold this object: as a cycle they would keep the whole block until a garbage collection
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__(*error)
 
-    def _pack(self, tensor: Tensor) -> Tensor | None:
-        if _identity(tensor) != self._u:
-            return tensor
+    @torch.compiler.disable
+    def _pack(self, tensor: Tensor) -> Tensor | _ViewOfInput:
+        if tensor.untyped_storage().data_ptr() != self._u or tensor.dtype != self._dtype:
+            return tensor.detach()  # a node that saves its own output would be a cycle otherwise
         self._block.waiting += 1
-        return None
+        return _ViewOfInput(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-    def _unpack(self, packed: Tensor | None) -> Tensor:
-        return self._block.input(self._index) if packed is None else packed
+    @torch.compiler.disable
+    def _unpack(self, packed: Tensor | _ViewOfInput) -> Tensor:
+        return packed if isinstance(packed, Tensor) else self._block.input(self._index).contiguous().as_strided(*packed)
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What makes two tensors the same piece of memory seen the same way."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+class _ViewOfInput(NamedTuple):
+    """How a sublayer sees its input where it saves it: products look at it as a matrix, or at its transpose."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
