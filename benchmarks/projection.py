@@ -34,7 +34,16 @@ from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
 __all__ = ["CASES", "CONTESTANTS", "Case", "Contestant", "main", "run"]
 
-PACKAGES = ("birkhoff-mhc", "numpy", "array-api-compat", "torch", "triton", "cupy-cuda13x", "POT", "hyper-connections")
+PACKAGES: tuple[str, ...] = (
+    "birkhoff-mhc",
+    "numpy",
+    "array-api-compat",
+    "torch",
+    "triton",
+    "cupy-cuda13x",
+    "POT",
+    "hyper-connections",
+)
 PACKAGES += ("liger-kernel", "tile-kernels", "tilelang")
 
 ROW_LIMIT = 25.0

@@ -13,7 +13,7 @@ class _Rows:
     """Rows by case and by implementation."""
 
     def __init__(self, report: dict[str, Any]) -> None:
-        self.rate = report.get("copy_bytes_per_second")
+        self.rate: float = report.get("copy_bytes_per_second", 0.0)
         self.results = report["results"]
         self.names = list(dict.fromkeys(row["name"] for result in self.results for row in result["rows"]))
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Choice:
 
     title: str
     solver: Any
-    finish: str = "none"
+    finish: Literal["none", "nonexpansive", "exact"] = "none"
 
     def __call__(self, logits: Any) -> Any:
         return birkhoff.project(logits, self.solver, finish=self.finish).matrix
@@ -75,10 +76,12 @@ def lines(
     make, seconds = (_on_device, _device_seconds) if device == "cuda" else (_on_host, _host_seconds)
     for n in sizes:
         for std in stds:
-            logits, cells, unit = make(batch(n), n, std), [], 0.0
+            logits = make(batch(n), n, std)
+            cells: list[str] = []
+            unit = 0.0
             for choice in CHOICES:
                 errors = _column_errors(choice(logits))
-                spent = seconds(lambda choice=choice, logits=logits: choice(logits))
+                spent = seconds(partial(choice, logits))
                 if not cells:
                     unit = spent
                     cells.append(f"{np.median(errors):.0e} / {errors.max():.0e}, {1e9 * spent / batch(n):.3g} ns")
