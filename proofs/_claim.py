@@ -175,7 +175,7 @@ class Claim:
     provenance : {"exact", "enclosure", "sampled"}
         What a verdict of "holds" means. Sampled never proves.
     samples : callable
-        ``samples(subject)`` is the Hypothesis strategy of its examples.
+        ``samples(subject)`` is the Hypothesis strategy of its examples, or a list of all there are.
     check : callable
         ``check(subject, sample)`` returns an :class:`Observation`; an exception is a breach.
     applies : callable
@@ -195,7 +195,7 @@ class Claim:
     domain: str
     method: str
     provenance: Provenance
-    samples: Callable[[Any], SearchStrategy[Sample]] = field(repr=False)
+    samples: Callable[[Any], SearchStrategy[Sample] | list[Sample]] = field(repr=False)
     check: Callable[[Any, Sample], Observation] = field(repr=False)
     lemma: str | None = None
     lemmas: tuple[str, ...] = ()

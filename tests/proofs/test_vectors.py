@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proofs import measure, model, rational, strategies, systems, vectors
+from proofs import claims, measure, model, rational, strategies, subjects, systems, vectors
 from proofs.backends import BACKENDS
 from proofs.vectors import generate
 
-BACKEND_NAMES = ["numpy", "array_api_strict", "torch", "cupy", "triton"]
+BACKEND_NAMES = ["numpy", "array_api_strict", "torch", "cupy", "cuda", "triton"]
 
 
 @pytest.mark.parametrize("name", vectors.NAMES)
@@ -79,3 +79,14 @@ def test_certificates_enclose_the_stored_norms(name: str) -> None:
 def test_unknown_vectors_are_named() -> None:
     with pytest.raises(ValueError, match="iterates_exact"):
         vectors.load("nonsense")
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_every_stored_iterate_is_replayed(name: str) -> None:
+    replayed = set()
+    for subject in subjects.builtin_subjects([name], ["SinkhornLog", "SinkhornDamped"]):
+        replayed |= {(sample.note, sample.dtype) for sample in claims.by_name("conformance_vectors").samples(subject)}
+    stored = {case["name"] for file in ("iterates_exact", "iterates_decimal") for case in vectors.load(file)}
+    assert {note for note, _ in replayed} == stored
+    assert {(note, "float64") for note in stored} <= replayed
+    assert {dtype for _, dtype in replayed} == {*BACKENDS[name].dtypes, *BACKENDS[name].halves}
