@@ -38,6 +38,8 @@ __all__ = [
     "stream_statistics",
 ]
 
+_EIGENVALUE_TOKENS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
@@ -151,6 +153,7 @@ class Monitor:
         self.config = config
         self.seconds = 0.0
         self._pending: tuple[int, _Picked] | None = None
+        self._buffer: Tensor | None = None  # pinned memory on a GPU: asking for it anew waits for the device
         self._has_sites = isinstance(model, Transformer) and len(model.sites) > 0
 
     def due(self, step: int) -> bool:
@@ -166,7 +169,9 @@ class Monitor:
         with capture_coefficients(self.model) as captured:
             yield
         started = time.perf_counter()
-        self._pending = (step, _collect(captured, self.config.tokens))
+        buffer = None if self._pending is not None else self._buffer
+        picked = _collect(captured, self.config.tokens, buffer)
+        self._pending, self._buffer = (step, picked), picked.values
         self.seconds += time.perf_counter() - started
 
     def flush(self) -> Measurement | None:
@@ -200,50 +205,54 @@ def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
 
 @dataclass(frozen=True, kw_only=True)
 class _Picked:
-    """Numbers of some tokens on their way to the host: the values of all groups one after the other."""
+    """Numbers of some tokens on their way to the host, one tensor after the other."""
 
     values: Tensor
-    shapes: list[list[torch.Size]]
+    shapes: list[torch.Size]
     arrived: torch.cuda.Event | None = None
 
 
-def _collect(captured: CapturedCoefficients, tokens: int) -> _Picked:
-    """Pick some tokens' maps, residual logits and streams' inner products, and send them off without waiting."""
+def _collect(captured: CapturedCoefficients, tokens: int, buffer: Tensor | None = None) -> _Picked:
+    """Pick some tokens' maps, streams' inner products and residual logits, and send them off without waiting.
+
+    On a GPU this costs what its launches cost, so tokens are picked as slices and all sites are handled together.
+    """
     records, streams = list(captured), captured.streams
     if captured.final_streams is not None:
         streams = [*streams, captured.final_streams]
     num_tokens = records[0].h_pre.shape[:-1].numel()
-    index = torch.linspace(0, num_tokens - 1, min(tokens, num_tokens), dtype=torch.float64).round().long()
-    device = records[0].h_pre.device
-    index = index.to(device, non_blocking=True)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        picked = [x.flatten(0, -3)[index] for x in streams]
-        groups = [
-            [record.h_pre.flatten(0, -2)[index] for record in records],
-            [record.h_post.flatten(0, -2)[index] for record in records],
-            [record.h_res.flatten(0, -3)[index] for record in records],
-            [_gram(x) for x in picked],
-            [_residual_logits(site, x) for site, x in zip(captured.sites, picked, strict=False)],
+    count = min(tokens, num_tokens)
+    stride = num_tokens // count
+    rows = slice(num_tokens - 1 - (count - 1) * stride, None, stride)
+    with torch.no_grad(), torch.autocast(records[0].h_pre.device.type, enabled=False):
+        picked = [x.flatten(0, -3)[rows] for x in streams]
+        parts = [
+            torch.stack([record.h_pre.flatten(0, -2)[rows] for record in records]),
+            torch.stack([record.h_post.flatten(0, -2)[rows] for record in records]),
+            torch.stack([record.h_res.flatten(0, -3)[rows] for record in records]),
+            torch.cat([_grams(xs) for xs in _chunks(picked, 8 * picked[0].numel())]),
+            *_all_residual_logits(captured.sites, picked),
         ]
-        flat = torch.cat([torch.cat([part.flatten() for part in group]).to(torch.float64) for group in groups])
-    shapes = [[part.shape for part in group] for group in groups]
+        flat = torch.cat([part.flatten().to(torch.float64) for part in parts])
+    shapes = [part.shape for part in parts]
     if not flat.is_cuda:
         return _Picked(values=flat, shapes=shapes)
-    values = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-    values.copy_(flat, non_blocking=True)
+    if buffer is None or buffer.shape != flat.shape:
+        buffer = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    buffer.copy_(flat, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return _Picked(values=values, shapes=shapes, arrived=arrived)
+    return _Picked(values=buffer, shapes=shapes, arrived=arrived)
 
 
 def _to_host(picked: _Picked) -> Coefficients:
     """Wait for what :func:`_collect` sent, and for nothing that the device does after it."""
     if picked.arrived is not None:
         picked.arrived.synchronize()
-    pieces = iter(picked.values.split([shape.numel() for group in picked.shapes for shape in group]))
-    arrays = [[next(pieces).view(shape).numpy() for shape in group] for group in picked.shapes]
-    h_pre, h_post, h_res, gram = (np.stack(group) for group in arrays[:4])
-    logits = [value if value.size else None for value in arrays[4]]
+    pieces = picked.values.split([shape.numel() for shape in picked.shapes])
+    arrays = [piece.view(shape).numpy() for piece, shape in zip(pieces, picked.shapes, strict=True)]
+    h_pre, h_post, h_res, gram, *sites = arrays
+    logits = [one if one.size else None for value in sites for one in value]
     return Coefficients(h_pre=h_pre, h_post=h_post, h_res=h_res, gram=gram, logits=logits)
 
 
@@ -264,7 +273,7 @@ def measure(coefficients: Coefficients, *, step: int = 0, certify: bool = True) 
     Measurement
         Per site: ``pre_min``, ``pre_mean``, ``pre_max``, the same of ``post``; ``row_error``, ``column_error`` (largest
         distance of a sum from 1); ``forward_gain_min``, ``forward_gain_max``, ``backward_gain_min``,
-        ``backward_gain_max``; ``lambda2`` (second largest modulus of an eigenvalue, mean over tokens);
+        ``backward_gain_max``; ``lambda2`` (second largest modulus of an eigenvalue, mean over up to 31 tokens);
         ``logit_range`` (largest minus smallest residual logit of a token, the largest over tokens); ``saturation``
         (share of pre and post within 1 % of an end of their range); ``distance_identity``, ``distance_uniform``
         (Frobenius distance to I and to J, mean over tokens). Over depth: ``prefix_*`` and ``suffix_*`` gains.
@@ -272,7 +281,8 @@ def measure(coefficients: Coefficients, *, step: int = 0, certify: bool = True) 
     h_pre, h_post, h_res = coefficients.h_pre, coefficients.h_post, coefficients.h_res
     n = h_res.shape[-1]
     rows, columns = h_res.sum(-1), h_res.sum(-2)
-    eigenvalues = np.sort(np.abs(np.linalg.eigvals(h_res)), axis=-1)
+    some = h_res[:, :: max(1, h_res.shape[1] // _EIGENVALUE_TOKENS)]  # a loop over small matrices, by far the slowest
+    eigenvalues = np.sort(np.abs(np.linalg.eigvals(some)), axis=-1)
     gates = np.concatenate([h_pre, h_post / 2.0], axis=-1)
     sites = {
         **_extremes("pre", h_pre),
@@ -280,7 +290,7 @@ def measure(coefficients: Coefficients, *, step: int = 0, certify: bool = True) 
         "row_error": np.abs(rows - 1.0).max((1, 2)),
         "column_error": np.abs(columns - 1.0).max((1, 2)),
         **_gains("", h_res),
-        "lambda2": (eigenvalues[..., -2] if n > 1 else np.zeros(h_res.shape[:2])).mean(1),
+        "lambda2": (eigenvalues[..., -2] if n > 1 else np.zeros(some.shape[:2])).mean(1),
         "saturation": ((gates < 0.01) | (gates > 0.99)).mean((1, 2)),
         "distance_identity": np.linalg.norm(h_res - np.eye(n), axis=(-2, -1)).mean(1),
         "distance_uniform": np.linalg.norm(h_res - 1.0 / n, axis=(-2, -1)).mean(1),
@@ -386,27 +396,43 @@ def stream_statistics(gram: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _gram(x: Tensor) -> Tensor:
-    """Inner products ``(T, n, n)`` of streams ``(T, n, C)``: their differences are small, so in float64."""
-    wide = x.to(torch.float64)
+def _chunks(items: list[Any], size: int, limit: int = 2**26) -> Iterator[list[Any]]:
+    """Cut a list into pieces of items whose ``size`` bytes stay within ``limit`` together; at least one a piece."""
+    step = max(1, limit // max(size, 1))
+    return (items[start : start + step] for start in range(0, len(items), step))
+
+
+def _grams(xs: list[Tensor]) -> Tensor:
+    """Inner products ``(S, T, n, n)`` of streams ``(T, n, C)``: their differences are small, so in float64."""
+    wide = torch.stack(xs).to(torch.float64)
     return wide @ wide.mT
 
 
-def _residual_logits(site: Any, x: Tensor) -> Tensor:
-    """Residual logits ``(T, k)`` of a site for streams ``(T, n, C)``; empty where its maps are free.
+def _all_residual_logits(sites: list[Any], xs: list[Tensor]) -> list[Tensor]:
+    """Residual logits ``(S, T, k)`` of groups of sites, in depth order, k = 0 where maps are free."""
+    pairs = list(zip(sites, xs, strict=False))
+    kinds = {(site.connection, site.convention, None if site.phi is None else site.phi.shape) for site in sites}
+    if len(kinds) > 1:
+        return [_residual_logits([pair]) for pair in pairs]
+    return [_residual_logits(group) for group in _chunks(pairs, 4 * xs[0].numel())]
 
-    The rows of ``HyperConnection.logits`` that are wanted here, in a third of its operations: on a GPU a measurement
-    costs what its launches cost.
+
+def _residual_logits(pairs: list[tuple[Any, Tensor]]) -> Tensor:
+    """Residual logits ``(S, T, k)`` of sites of one kind for their streams ``(T, n, C)``.
+
+    They are the second part of ``HyperConnection.logits``, for all sites in one product.
     """
-    if site.connection not in ("mhc", "mhc_static"):
-        return x.new_empty(0)
+    site, x = pairs[0]
     first = 2 * site.num_streams
-    bias = site.bias[first:]
+    if site.connection not in ("mhc", "mhc_static"):
+        return x.new_empty(len(pairs), len(x), 0)
+    bias = torch.stack([one.bias[first:] for one, _ in pairs]).unsqueeze(1)
     if site.phi is None:
-        return bias.expand(len(x), -1)
-    flat = x.flatten(-2).to(site.phi.dtype)
-    scale = site.alpha_res * functional.inverse_rms(flat, site.convention)
-    return torch.addcmul(bias, flat @ site.phi[first:].mT, scale)
+        return bias.expand(-1, len(x), -1)
+    phi = torch.stack([one.phi[first:] for one, _ in pairs])
+    flat = torch.stack([streams for _, streams in pairs]).flatten(-2).to(phi.dtype)
+    gates = torch.stack([one.alpha_res for one, _ in pairs])[:, None, None]
+    return torch.addcmul(bias, flat @ phi.mT, gates * functional.inverse_rms(flat, site.convention))
 
 
 def _extremes(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
