@@ -104,6 +104,8 @@ def row_config(num_streams: int, dim: int, item_size: int, reducing: bool) -> Ro
     block_channels = 32 * lane
     if dim <= block_channels // 2:
         block_channels = max(32, next_power_of_2(dim))
+    if reducing and num_streams <= 4:
+        return RowConfig(1, block_channels, 1)
     return RowConfig(4, block_channels, 4)
 
 
