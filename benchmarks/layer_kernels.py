@@ -43,6 +43,7 @@ class Leaves:
 
     def __init__(self, inputs: Inputs, n: int, c: int) -> None:
         self.x, self.f = inputs.x.detach(), inputs.f.detach()
+        self.y = self.x.flip(0)  # streams before these, in other memory: the same lines would come from the cache
         self.g, self.gu = inputs.gx, inputs.gu
         parameters = random_parameters(n, c)
         self.phi, self.bias, self.alphas = parameters.phi, parameters.bias, tuple(parameters.alpha.unbind())
@@ -96,7 +97,7 @@ class Leaves:
 
     def streams_backward_chained(self) -> Any:
         here = (self.x, self.g, self.gu, self.mix, self.dz, self.phi)
-        before = (self.x, self.f, self.proj, self.alphas[1], self.bias, self.options.post_multiplier)
+        before = (self.y, self.f, self.proj, self.alphas[1], self.bias, self.options.post_multiplier)
         return leaf("streams_backward_chained", self.x)(*here, *before)
 
     def reduce_slabs(self) -> Any:
