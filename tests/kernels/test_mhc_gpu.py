@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mhc_layers._recompute  # noqa: F401 - registers an operator
 from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, Transformer, TransformerConfig
@@ -205,6 +206,17 @@ def test_threads_launch_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_modes_see_the_backward_in_its_own_thread() -> None:
+    """Operators go past the dispatcher unless somebody listens; on a GPU the backward runs in another thread."""
+    fused, _ = sites(4, 256, PAPER)
+    x = torch.randn(64, 4, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        fused(x).float().sum().backward()
+    counted = {str(op) for op in counter.get_flop_counts()["Global"]}
+    names = ("pre_forward", "post_forward", "post_backward", "pre_backward")
+    assert {f"mhc_layers.{name}" for name in names} <= counted
 
 
 def test_kept_memory_is_a_hundred_bytes_a_token() -> None:
