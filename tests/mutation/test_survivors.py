@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -165,3 +167,15 @@ def test_equal_largest_logits_share_the_gradient_of_a_raised_one(name: str, firs
     pulled = birkhoff.adjoints.Unrolled().vjp(logits, grad, solver)
     assert np.abs(pulled.sum(axis=0 if first == "columns" else 1)).max() < 1e-14
     assert np.abs(pulled).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", solvers.__all__)
+def test_defaults_are_the_documented_ones(name: str) -> None:
+    kind = getattr(solvers, name)
+    for field in dataclasses.fields(kind):
+        line = next(line for line in kind.__doc__.splitlines() if re.match(rf" *{field.name}\b.* : ", line))
+        found = re.search(r"default (.+)$", line)
+        if field.default is None:
+            assert "optional" in line and found is None, line
+        else:
+            assert found and ast.literal_eval(found[1]) == field.default, line
