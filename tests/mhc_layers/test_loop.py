@@ -14,11 +14,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from mhc_layers.parallel.mesh import ParallelConfig
 from mhc_layers.training.checkpoint import load_checkpoint
 from mhc_layers.training.config import TrainConfig, decode, encode
 from mhc_layers.training.data import load_corpus
 from mhc_layers.training.errors import CheckpointError, DataError, NonFiniteLossError, ResumeError
-from mhc_layers.training.loop import StopRequest, Trainer, choose_device, choose_precision
+from mhc_layers.training.loop import StopRequest, Trainer, _repeatable, choose_device, choose_precision
 from mhc_layers.training.metrics import TIMING_KEYS, MetricsLog, Throughput, read_metrics
 from mhc_layers.training.run import check_resumable, latest_run, load_for_resume, new_folder, resumed_config, run
 from tests.mhc_layers.training_cases import tiny_config, tiny_model, write_text
@@ -91,6 +92,35 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, text, kind):
     assert dataclasses.replace(whole.report, seconds=0, tokens_per_second=0, monitor_share=0) == dataclasses.replace(
         rest.report, seconds=0, tokens_per_second=0, monitor_share=0
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["none", "auto"])
+def test_a_resumed_run_on_the_gpu_has_the_same_bits(tmp_path, text, recompute):
+    """bfloat16 streams, fused connections, attention whose default backward pass has no fixed order."""
+    config = tiny_config(text, device="cuda", parallel=ParallelConfig(recompute=recompute))
+    config = dataclasses.replace(
+        config,
+        model=tiny_model(dim=128, num_heads=2, num_layers=3, max_seq_len=256),
+        data=dataclasses.replace(config.data, seq_len=256, batch_size=8),
+    )
+    run(config, tmp_path / "whole", console=quiet())
+    run(config, tmp_path / "part", console=quiet(), stop=StopAfter(7))
+    checkpoint, folder = load_for_resume(tmp_path / "part")
+    run(resumed_config(checkpoint), folder, resume=checkpoint, console=quiet())
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "part")
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "part")
+
+
+def test_kernels_with_a_fixed_order_are_asked_for_while_training_only():
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    with _repeatable(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory) == before
+    with _repeatable(False):
+        assert torch.are_deterministic_algorithms_enabled() == before[0]
 
 
 def test_resume_from_an_older_checkpoint_drops_the_newer_log(tmp_path, text):

@@ -109,6 +109,7 @@ def assert_close(expected, actual, tolerance=2e-5):
 CASES = {
     "ddp": (ParallelConfig(), {}, 0),
     "ddp-accumulate": (ParallelConfig(), {}, 2),
+    "ddp-recompute": (ParallelConfig(recompute="auto"), {"num_layers": 3}, 0),
     "fsdp": (ParallelConfig(shard=2), {}, 0),
     "fsdp-recompute": (ParallelConfig(shard=2, recompute="auto"), {"num_layers": 3}, 2),
     "tensor": (ParallelConfig(tensor=2), {"num_heads": 4, "num_kv_heads": 2}, 0),
