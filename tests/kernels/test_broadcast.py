@@ -94,22 +94,20 @@ def test_equals_float64(n: int, c: int, tokens: int, dtype: torch.dtype, convent
     check(copies(make_problem(tokens, n, c, dtype)), convention, *TOLERANCE[dtype])
 
 
-def same_bits(problem: Problem) -> None:
-    """Reads and writes of one stream repeat every operation of those of n equal streams."""
+def both(problem: Problem) -> list[tuple[Tensor, Tensor]]:
+    """Reads and writes of one stream, which repeat every operation of those of n equal streams, and the latter."""
     n, c = problem.x.shape[-2:]
     e, coef = problem.x[:, :1].contiguous(), torch.rand(len(problem.x), n * (n + 2), device=problem.x.device)
     gain, options = torch.rand(c, device=e.device), site_options(options_key(PAPER))
-    assert torch.equal(
-        triton_leaf("broadcast_write_forward")(e, problem.f, coef),
-        triton_leaf("write_forward")(problem.x, problem.f, coef),
-    )
+    written = triton_leaf("broadcast_write_forward")(e, problem.f, coef)
+    whole = triton_leaf("write_forward")(problem.x, problem.f, coef)
     found = []
     for x, number in ((e, n), (problem.x, 1)):
         read = triton_leaf("read_forward")(x, coef, copies=number)
         normed = triton_leaf("read_norm_forward")(x, coef, gain, 1e-6, copies=number)
         arguments = (problem.gu, x, gain, normed[1], coef, problem.alphas[0], problem.bias, options)
         found.append([read, *normed, *triton_leaf("read_norm_backward")(*arguments, copies=number)])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    return [(written, whole), *zip(*found, strict=True)]
 
 
 @pytest.mark.interpret
@@ -117,7 +115,7 @@ def same_bits(problem: Problem) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [3, 4])
 def test_the_bits_of_n_equal_streams(n: int, dtype: torch.dtype) -> None:
-    same_bits(copies(make_problem(11, n, 88, dtype)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in both(copies(make_problem(11, n, 88, dtype))))
 
 
 @pytest.mark.interpret
@@ -183,6 +181,7 @@ def test_on_a_gpu_equals_float64(n: int, c: int, tokens: int, dtype: torch.dtype
     problem = copies(make_problem(tokens, n, c, dtype, device="cuda"))
     rounded = {torch.float32: 1e-5, torch.float16: 6e-4}.get(dtype, 3e-3)
     check(problem, PAPER, rounded, 1e-5 if dtype == torch.float32 else 3e-4)
-    same_bits(problem)
+    for ours, theirs in both(problem):  # the compiler may contract another product of a sum
+        assert relative_error(ours, theirs) < (1e-6 if ours.dtype == torch.float32 else 1e-4)
     first, second = run(problem, PAPER), run(problem, PAPER)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -182,13 +182,28 @@ def test_compiles_without_spills(
     if configs.is_interpreting():
         pytest.skip("needs TRITON_INTERPRET unset")
     monkeypatch.setattr(read_norm_backward, "num_sms", lambda device: 132)
+    monkeypatch.setattr(read_norm_backward, "capability", lambda device: capability)
+    read_norm_backward._launches.cache_clear()
     one = make_case(1, n, c, dtype, PAPER)
     with recorded_launches() as recorded:
         run(one._replace(x=one.x.expand(8192, n, c), gv=one.gv.expand(8192, c), proj=one.proj.expand(8192, -1)))
     names = {launch.name for launch in recorded}
     assert names == {"read_norm_forward_kernel", "read_norm_backward_kernel", "sum_rows_kernel"}
-    spills = {launch.name: compile_launch(launch, capability).spill_bytes for launch in recorded}
-    assert not any(spills.values()), spills
+    found = {launch.name: compile_launch(launch, capability) for launch in recorded}
+    assert not any(resources.spill_bytes for resources in found.values()), found
+    assert all(resources.shared_bytes <= (166_912 if capability == 80 else 232_448) for resources in found.values())
+
+
+def test_stages_fit_the_shared_memory() -> None:
+    from mhc_layers.kernels.triton.read_norm import NormConfig
+    from mhc_layers.kernels.triton.read_norm_backward import residency
+
+    row = NormConfig(block_tokens=1, block_channels=1024, num_tiles=4, num_warps=4)
+    assert residency(row, 4, 2, 90) == (1, 3)  # 2 x 72 KiB
+    assert residency(row, 4, 2, 80) == (1, 3)
+    assert residency(row, 4, 2, 86) == (1, 2)
+    assert residency(row, 8, 4, 86) == (3, 1)
+    assert residency(NormConfig(1, 2048, 4, 8), 4, 2, 90) == (1, 2)
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ __all__ = ["broadcast_streams_backward", "broadcast_write_backward", "broadcast_
 
 @triton.jit(do_not_specialize=["M"])
 def broadcast_write_kernel(E, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """x'[o] = h_post[o] f + sum_i h_res[o, i] e, in the order of the write of n streams: the same bits."""
+    """x'[o] = h_post[o] f + sum_i h_res[o, i] e, in the order of the write of n streams."""
     N: tl.constexpr = n * (n + 2)
     tiles: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)

@@ -18,14 +18,11 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.options import SiteOptions
-from mhc_layers.kernels.triton.configs import cdiv, is_interpreting, num_sms
+from mhc_layers.kernels.triton.configs import capability, cdiv, is_interpreting, num_sms
 from mhc_layers.kernels.triton.launch import Launch
 from mhc_layers.kernels.triton.read_norm import NormConfig, norm_config
 
 __all__ = ["read_norm_backward"]
-
-#: Programs for one multiprocessor: more hide latency, fewer write smaller slabs.
-PROGRAMS = 3
 
 
 @triton.jit(do_not_specialize=["M", "SPAN"])
@@ -55,12 +52,17 @@ def read_norm_backward_kernel(
     BC: tl.constexpr,
     V: tl.constexpr,
     STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     N: tl.constexpr = n * (n + 2)
     begin = tl.program_id(0) * SPAN
     end = tl.minimum(M, begin + SPAN)
     dweight = ()
-    for _ in tl.static_range(TILES):
+    gain = ()
+    for k in tl.static_range(TILES):
+        c = k * BC + tl.arange(0, BC)
+        if HOIST:
+            gain = gain + (tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :],)
         dweight = dweight + (tl.zeros((BT, BC), tl.float32),)
     for t in tl.range(begin, end, BT, num_stages=STAGES):
         tok = t + tl.arange(0, BT)
@@ -91,7 +93,6 @@ def read_norm_backward_kernel(
                 mask = live[:, None] & (c < C)[None, :]
             narrow = tl.load(GV + tok64[:, None] * C + c[None, :], mask=mask, other=0.0)
             gv = narrow.to(tl.float32)
-            weight = tl.load(WEIGHT + c, mask=c < C, other=0.0, eviction_policy="evict_last")
             x = ()
             total = tl.zeros((BT, BC), tl.float32)
             for i in tl.static_range(n):
@@ -100,7 +101,10 @@ def read_norm_backward_kernel(
                 total += h[i][:, None] * x[i]
             stored = total.to(X.dtype.element_ty)
             u = stored.to(tl.float32)
-            a = gv * weight[None, :]
+            if HOIST:
+                a = gv * gain[k]
+            else:
+                a = gv * tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :]
             sums = sums + (dweight[k] + gv * u * inverse[:, None],)
             rows_gv = rows_gv + (narrow,)
             rows_u = rows_u + (stored,)
@@ -123,8 +127,10 @@ def read_norm_backward_kernel(
             tl.store(DOTS + tok64 * n + i, inverse * (dot_a[i] - along * tl.sum(to_u[i], axis=1)), mask=live)
         for k in tl.static_range(TILES):
             c = k * BC + tl.arange(0, BC)
-            weight = tl.load(WEIGHT + c, mask=c < C, other=0.0, eviction_policy="evict_last")
-            a = rows_gv[k].to(tl.float32) * weight[None, :]
+            if HOIST:
+                a = rows_gv[k].to(tl.float32) * gain[k]
+            else:
+                a = rows_gv[k].to(tl.float32) * tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :]
             gu = inverse[:, None] * (a - along[:, None] * rows_u[k].to(tl.float32))
             mask = live[:, None] & (c < C)[None, :]
             tl.store(GU + tok64[:, None] * C + c[None, :], gu.to(GU.dtype.element_ty), mask=mask)
@@ -147,12 +153,25 @@ def sum_rows_kernel(SLABS, OUT, S, C: tl.constexpr, BLOCK: tl.constexpr, DEPTH: 
 
 
 def backward_config(num_streams: int, dim: int, item_size: int) -> NormConfig:
-    """Rows, their gradient, dweight and the streams of a tile share the registers: fewer tiles a lane when n > 4."""
+    """Rows, their gradient, gain, dweight and the streams of a tile share the registers: fewer tiles when n > 4."""
     if num_streams > 4 or item_size == 4:
         config = norm_config(dim, item_size, 2)
         if config.num_warps <= (8 if item_size == 2 else 16):
             return config
     return norm_config(dim, item_size, 4)
+
+
+def residency(config: NormConfig, num_streams: int, item_size: int, capability: int) -> tuple[int, int]:
+    """Programs for one multiprocessor, and pipeline stages.
+
+    Every stage but one has a row of the streams, of the gradient and (twice) of the gain on its way in shared memory.
+    One program with all of it was faster than several with less; without room for a second stage, several hide latency.
+    """
+    shared = 200_000 if capability in (90, 100, 101, 103) else 150_000 if capability in (80, 87) else 90_000
+    values = config.block_tokens * config.block_channels * config.num_tiles
+    most = 1 if capability >= 100 else 2  # two buffers spill a few bytes there
+    stages = 1 + min(most, shared // (values * ((num_streams + 1) * item_size + 8)))
+    return (1 if stages > 1 else max(1, 12 // config.num_warps)), stages
 
 
 def read_norm_backward(
@@ -168,8 +187,9 @@ def read_norm_backward(
     *,
     copies: int = 1,
     config: NormConfig | None = None,
-    programs: int = PROGRAMS,
-    stages: int = 2,
+    programs: int | None = None,
+    stages: int | None = None,
+    hoist: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u, of h_pre as read, and of the norm's gain.
 
@@ -195,8 +215,8 @@ def read_norm_backward(
         How many equal streams the only one of ``x (..., 1, C)`` stands for; their gradients of h_pre are equal.
     config : NormConfig, optional
         Replaces the table's launch shape.
-    programs : int
-        Programs for one multiprocessor.
+    programs, stages : int, optional
+        Programs for one multiprocessor and pipeline stages, in place of those of :func:`residency`.
 
     Returns
     -------
@@ -225,6 +245,7 @@ def read_norm_backward(
         config,
         programs,
         stages,
+        hoist,
     )
     slabs = torch.empty((num_slabs, dim), dtype=torch.float32, device=x.device)
     dweight = torch.empty((dim,), dtype=torch.float32, device=x.device)
@@ -245,11 +266,14 @@ def _launches(
     dtype: torch.dtype,
     device: torch.device,
     config: NormConfig | None,
-    programs: int,
-    stages: int,
+    programs: int | None,
+    stages: int | None,
+    hoist: bool,
 ) -> tuple[Launch, Launch, int]:
     if config is None:
         config = backward_config(num_streams, dim, dtype.itemsize)
+    resident = residency(config, num_streams, dtype.itemsize, capability(device))
+    programs, stages = programs or resident[0], stages or resident[1]
     span = cdiv(cdiv(num_tokens, programs * num_sms(device)), config.block_tokens) * config.block_tokens
     num_slabs = cdiv(num_tokens, span)
     constants = {
@@ -263,6 +287,7 @@ def _launches(
         "BC": config.block_channels,
         "V": 16 // dtype.itemsize,
         "STAGES": stages,
+        "HOIST": hoist,
     }
     scalars = (num_tokens, span, 1.0 / dim, options.eps_pre)
     backward = Launch(read_norm_backward_kernel, (num_slabs,), scalars, constants, config.num_warps)
