@@ -137,7 +137,7 @@ class StreamRebuilder:
         return [self._x, *xs], us
 
     def _normed(self, site: HyperConnection, u: Tensor) -> Tensor:
-        """What the sublayer was given: the bits of the read that was fused with the norm."""
+        """What the sublayer was given, normalised by the kernel of the read that was fused with the norm."""
         norm, eps = fused_norm(site, self._x)
         if norm is None:
             return site.normed(u)

@@ -49,7 +49,7 @@ def read_forward(
     """Return ``u (..., C)`` of streams ``x (..., n, C)``; ``coef (..., >= n)`` fp32 starts with h_pre.
 
     The rows of ``coef`` may be strided, with one stride for all tokens (0 for coefficients shared by all). With
-    ``copies`` the only stream of ``x (..., 1, C)`` stands for that many equal ones: the same bits, and it is read once.
+    ``copies`` the only stream of ``x (..., 1, C)`` stands for that many equal ones and is read once.
     """
     *lead, num_streams, dim = x.shape
     num_tokens = x.numel() // (num_streams * dim)
