@@ -41,9 +41,7 @@ _NEWTON = ("tests/birkhoff/test_newton.py", *_SOLVERS)
 _EUCLIDEAN = ("tests/birkhoff/test_euclidean.py", *_SOLVERS)
 
 _CERTIFICATES = ("tests/birkhoff/test_certificate_formulas.py", "tests/birkhoff/test_certificates.py")
-_LIBRARIES = (
-    "not strict and not torch- and not is_quick"  # contracts on NumPy are enough: the libraries run the same lines
-)
+_LIBRARIES = "not strict and not torch- and not is_quick"  # NumPy is enough: the libraries run the same lines
 
 
 def _only(name: str) -> str:
