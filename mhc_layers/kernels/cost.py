@@ -104,7 +104,9 @@ def register_formulas(*names: str) -> None:
         register_flop_formula(getattr(torch.ops.mhc_layers, name))(_FORMULAS[name])
 
 
-def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_size: int = 2) -> int:
+def bytes_moved(
+    step: str, num_tokens: int, num_streams: int, dim: int, item_size: int = 2, *, norm: bool = False
+) -> int:
     """Bytes of device memory that a fused step reads and writes, each tensor once a pass.
 
     Parameters
@@ -112,11 +114,15 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
     step : str
         The operator: ``"pre_forward"``, ``"post_forward"``, ``"post_backward"``, ``"pre_backward"``; a fused boundary,
         ``"boundary_forward"`` (write with the next projection, then the read), ``"boundary_read_forward"`` (the single
-        pass of a delayed read) and ``"boundary_backward"`` (B1, then B2 with A).
+        pass of a delayed read) and ``"boundary_backward"`` (B1, then B2 with A); and ``"broadcast_"`` with one of the
+        first four, for a first site of equal streams.
     num_tokens, num_streams, dim : int
         M, n, C.
     item_size : int
         Bytes of one value of the streams.
+    norm : bool
+        Whether the read ends with the sublayer's norm: B1 then also writes the gradient of what was read, and the
+        single pass reads and writes that once more.
 
     Examples
     --------
@@ -128,6 +134,8 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
     [9, 9, 10]
     >>> [bytes_moved(f"boundary_{step}", 8192, 4, 4096) // E for step in ("forward", "read_forward", "backward")]
     [14, 10, 24]
+    >>> [bytes_moved("pre_backward", 8192, 4, 4096, norm=norm) // E for norm in (False, True)]
+    [18, 19]
     """
     n = num_streams
     rows = n * (n + 2)
@@ -142,5 +150,11 @@ def bytes_moved(step: str, num_tokens: int, num_streams: int, dim: int, item_siz
         "boundary_forward": (3 * n + 2, 6, 1),
         "boundary_read_forward": (2 * n + 2, 5, 1),
         "boundary_backward": (5 * n + 4, 7, 2),
+        "broadcast_pre_forward": (3, 5, 1),
+        "broadcast_post_forward": (n + 2, 1, 0),
+        "broadcast_post_backward": (n + 3, 2, 0),
+        "broadcast_pre_backward": (n + 5, 5, 2),
     }[step]
+    if norm:
+        passes += 2 if step == "boundary_read_forward" else step.endswith(("pre_backward", "boundary_backward"))
     return passes * stream + rows_moved * row + phis * phi
