@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _print_list(console: Console, chosen: Sequence[Claim]) -> None:
 def _run(
     console: Console, chosen: Sequence[Claim], selection: Selection, options: argparse.Namespace
 ) -> tuple[list[Outcome], int]:
-    """Return the outcomes in the order of claims, and how many pairs were left when Ctrl-C stopped the run."""
+    """Return the outcomes in the order of claims, and how many pairs were left when Ctrl-C or a crash stopped it."""
     found = selection.subjects()
     order = {(claim.name, subject.title): at for at, (claim, subject) in enumerate(runner.pairs(chosen, found))}
     seen: list[Outcome] = []
@@ -102,6 +103,8 @@ def _run(
                 runner.run(chosen, found, profile, seed_value=options.seed, progress=advance)
         except KeyboardInterrupt:
             pass
+        except BrokenProcessPool as error:
+            console.print(f"[bold red]error:[/] a process died: {error}", highlight=False)
     return sorted(seen, key=lambda outcome: order[outcome.claim.name, outcome.subject]), len(order) - len(seen)
 
 

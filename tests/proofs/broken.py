@@ -5,6 +5,7 @@ Every function takes an array (..., n, n) of logits; the right one normalises ro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -245,6 +246,11 @@ def rounded_logits(logits: np.ndarray) -> np.ndarray:
 def shifted_by_a_constant_table(logits: np.ndarray) -> np.ndarray:
     """tanh squashes the logits: adding constants to a line changes the result."""
     return right(8 * np.tanh(logits / 8))
+
+
+def ends_the_process(logits: np.ndarray) -> np.ndarray:
+    """What a crash in a kernel does; only for processes of their own."""
+    os._exit(3)
 
 
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

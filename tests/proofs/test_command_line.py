@@ -86,6 +86,12 @@ def test_an_interrupted_run_reports_what_it_saw(
     assert document["settings"]["not_tried"] == 1 and len(document["outcomes"]) == 1
 
 
+def test_a_process_that_dies_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--projection", "tests.proofs.broken:ends_the_process", *FEW, "--jobs", "2"]) == 130
+    text = capsys.readouterr().out
+    assert "a process died" in text and "2 of 2 were not tried" in text
+
+
 def test_library_subset(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["--backend", "numpy", "--solver", "SinkhornLog", "--claim", "closure", "--profile", "quick", "--detail"])
