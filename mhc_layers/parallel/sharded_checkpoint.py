@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,8 +45,8 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.parent.mkdir(parents=True, exist_ok=True)
     wait_for_all()
-    alone = not dist.is_initialized()
-    dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=str(part), no_dist=alone)
+    with _alone_or_not() as alone:
+        dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=str(part), no_dist=alone)
     wait_for_all()
     if _is_main():
         os.replace(part, folder)
@@ -66,9 +69,9 @@ def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         If there is no such folder.
     """
     _check_folder(folder)
-    with torch.no_grad():
+    with torch.no_grad(), _alone_or_not() as alone:
         values = {name: tensor.detach() for name, tensor in tensors.items()}
-        dcp.load(values, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+        dcp.load(values, checkpoint_id=str(folder), no_dist=alone)
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
@@ -80,7 +83,8 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
         If there is no such folder.
     """
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored_shapes(folder).items()}
-    dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
+    with _alone_or_not():
+        dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
     return tensors
 
 
@@ -134,6 +138,14 @@ def wait_for_all() -> None:
     """Return when every process of the group, if there is one, has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def _alone_or_not() -> Iterator[bool]:
+    """Say whether there is no group; torch's warning that there is none is left out, because it is meant so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield not dist.is_initialized()
 
 
 def _check_folder(folder: Path) -> None:
