@@ -54,43 +54,57 @@ DEVICE void load_phi(const float* phi, uint4* terms, int channel0) {
     }
 }
 
-DEVICE void load_tile(unsigned char* stage, const u16* x, const u16* f, const float* coef, i64 token0, int M,
-                      int channel0) {
-  constexpr int PIECES = BLOCK_C / VEC;
+// Pieces of 2 * VEC bytes of the rows, several a thread. Where blocks have no channels to spare, tokens past the end repeat
+// the last one: nothing of them is stored.
+constexpr int PIECES = BLOCK_C / VEC;
+constexpr bool EVEN = C % BLOCK_C == 0;
+template <class F> DEVICE void each_piece(int token0, int M, int channel0, F f) {
 #pragma unroll
   for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
-    const int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
-    const i64 token = token0 + row;
-    const bool valid = token < M && channel < C;
-    unsigned char* to = stage + row * PITCH + at % PIECES * VEC * 2;
-#pragma unroll
-    for (int i = 0; i < n; i++) copy_async<2 * VEC>(to + i * SEGMENT, x + token * K + i * C + channel, valid);
-    copy_async<2 * VEC>(to + n * SEGMENT, f + token * C + channel, valid);
+    const int row = at / PIECES, piece = at % PIECES, channel = channel0 + piece * VEC;
+    f(row * PITCH + piece * VEC * 2, token0 + row, channel, token0 + row < M && (EVEN || channel < C));
   }
-  // coef[t] = h_pre | h_post | h_res; here h_pre comes last, or not at all
-  constexpr int WIDTH = n % 4 == 0 ? 4 : 1, GROUPS = COEFFICIENTS / WIDTH;
-  float* coefficients = (float*)(stage + SEGMENTS * SEGMENT);
-  for (int at = threadIdx.x; at < TOKENS * GROUPS; at += THREADS) {
-    const int row = at / GROUPS, col = at % GROUPS * WIDTH;
-    const i64 token = token0 + row;
-    copy_async<4 * WIDTH>(coefficients + row * COEFFICIENT_PITCH + col,
-                          coef + token * N + (col < AT_PRE ? n + col : col - AT_PRE), token < M);
+}
+DEVICE void copy_piece(unsigned char* to, const u16* from, bool valid) {
+  if constexpr (EVEN) copy_async(to, from);
+  else copy_async<2 * VEC>(to, from, valid);
+}
+
+// coef[t] = h_pre | h_post | h_res; here h_pre comes last, or not at all
+constexpr int WIDTH = n % 4 == 0 ? 4 : 1, GROUPS = COEFFICIENTS / WIDTH;
+static_assert(TOKENS * GROUPS <= THREADS, "each thread copies one piece of the coefficients");
+
+DEVICE void load_tile(unsigned char* stage, const u16* x, const u16* f, const float* coef, int token0, int M, int channel0) {
+  each_piece(token0, M, channel0, [&](int byte, int token, int channel, bool valid) {
+    const i64 row = EVEN ? min(token, M - 1) : token;
+#pragma unroll
+    for (int i = 0; i < n; i++) copy_piece(stage + byte + i * SEGMENT, x + row * K + i * C + channel, valid);
+    copy_piece(stage + byte + n * SEGMENT, f + row * C + channel, valid);
+  });
+  if (threadIdx.x < TOKENS * GROUPS) {
+    const int row = threadIdx.x / GROUPS, col = threadIdx.x % GROUPS * WIDTH;
+    copy_async<4 * WIDTH>((float*)(stage + SEGMENTS * SEGMENT) + row * COEFFICIENT_PITCH + col,
+                          coef + (i64)(token0 + row) * N + (col < AT_PRE ? n + col : col - AT_PRE), token0 + row < M);
   }
 }
 
-DEVICE void store_tile(const unsigned char* stage, u16* out, u16* u, i64 token0, int M, int channel0) {
-  constexpr int PIECES = BLOCK_C / VEC;
+// The lines of 128 bytes of a tile to the L2 cache, one by one thread
+DEVICE void prefetch_tile(const u16* x, const u16* f, int token0, int M, int channel0) {
+  each_piece(token0, M, channel0, [&](int, int token, int channel, bool valid) {
+    if (!valid || channel % 64) return;
 #pragma unroll
-  for (int at = threadIdx.x; at < TOKENS * PIECES; at += THREADS) {
-    const int row = at / PIECES, channel = channel0 + at % PIECES * VEC;
-    const i64 token = token0 + row;
-    if (token < M && channel < C) {
-      const unsigned char* from = stage + row * PITCH + at % PIECES * VEC * 2;
+    for (int i = 0; i < n; i++) prefetch(x + (i64)token * K + i * C + channel);
+    prefetch(f + (i64)token * C + channel);
+  });
+}
+
+DEVICE void store_tile(const unsigned char* stage, u16* out, u16* u, int token0, int M, int channel0) {
+  each_piece(token0, M, channel0, [&](int byte, int token, int channel, bool valid) {
+    if (!valid) return;
 #pragma unroll
-      for (int o = 0; o < n; o++) store_row(out + token * K + o * C + channel, from + o * SEGMENT);
-      if (DELAY) store_row(u + token * C + channel, from + n * SEGMENT);
-    }
-  }
+    for (int o = 0; o < n; o++) store_row(out + (i64)token * K + o * C + channel, stage + byte + o * SEGMENT);
+    if (DELAY) store_row(u + (i64)token * C + channel, stage + byte + n * SEGMENT);
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -101,28 +115,26 @@ boundary_forward_kernel(const u16* x, const u16* f, const float* coef, const flo
   unsigned char* stages = shared + PHI_BYTES;
   float* shares = (float*)(stages + STAGES * STAGE);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3, p = lane >> 2;
-  const int channel0 = blockIdx.x * BLOCK_C;
-  const i64 tiles = ((i64)M + TOKENS - 1) / TOKENS;
-  const i64 tile0 = tiles * blockIdx.y / gridDim.y;
-  const int count = (int)(tiles * (blockIdx.y + 1) / gridDim.y - tile0);
-
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) {
-    if (s < count) load_tile(stages + s * STAGE, x, f, coef, (tile0 + s) * TOKENS, M, channel0);
-    copies_commit();
-  }
-  load_phi(phi, terms, channel0);
+  const int tiles = (int)(((i64)M + TOKENS - 1) / TOKENS), channel0 = blockIdx.x * BLOCK_C;
+  // blocks take tiles in turn, so that all of them are near each other in memory
+  const int splits = gridDim.y, count = (tiles - (int)blockIdx.y + splits - 1) / splits;
   const uint4* phi_hi = terms + warp * (n * JT * 32) + lane;
   const uint4* phi_lo = phi_hi + PHI_PIECES;
+  auto first_token = [&](int it) { return ((int)blockIdx.y + it * splits) * TOKENS; };
+  auto load = [&](int it) {
+    if (it < count) load_tile(stages + it % STAGES * STAGE, x, f, coef, first_token(it), M, channel0);
+    copies_commit();
+  };
+#pragma unroll
+  for (int it = 0; it < STAGES - 1; it++) load(it);
+  load_phi(phi, terms, channel0);
 
   for (int it = 0; it < count; it++) {
     unsigned char* stage = stages + it % STAGES * STAGE;
     copies_wait<STAGES - 2>();
     __syncthreads();
-    if (it + STAGES - 1 < count)
-      load_tile(stages + (it + STAGES - 1) % STAGES * STAGE, x, f, coef, (tile0 + it + STAGES - 1) * TOKENS, M, channel0);
-    copies_commit();
-
+    load(it + STAGES - 1);
+    if (it + STAGES < count) prefetch_tile(x, f, first_token(it + STAGES), M, channel0);
     unsigned char* mine = stage + p * PITCH + warp * WARP_C * 2 + q * 16;  // token p; token p + 8 is 8 rows on
     const float* coefficients = (const float*)(stage + SEGMENTS * SEGMENT) + p * COEFFICIENT_PITCH;
     uint4 xw[n][2], fw[2];
@@ -195,7 +207,7 @@ boundary_forward_kernel(const u16* x, const u16* f, const float* coef, const flo
       }
     }
     __syncthreads();
-    const i64 token0 = (tile0 + it) * TOKENS;
+    const int token0 = first_token(it);
     store_tile(stage, out, u, token0, M, channel0);
     const float* tile_shares = shares + (it & 1) * WARPS * TOKENS * SHARE_PITCH;
     for (int at = threadIdx.x; at < TOKENS * (N + 1); at += THREADS) {

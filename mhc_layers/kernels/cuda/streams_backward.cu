@@ -126,6 +126,20 @@ DEVICE void load_stream(unsigned char* stage, const Inputs& in, int i, int token
   });
 }
 
+// The lines of 128 bytes of a tile to the L2 cache, one by one thread
+DEVICE void prefetch_tile(const Inputs& in, int token0, int M, int channel0) {
+  each_piece(token0, M, channel0, [&](int, int token, int channel, bool valid) {
+    if (!valid || channel % 64) return;
+    const i64 streams = (i64)token * K + channel, row = (i64)token * C + channel;
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+      const i64 at = streams + i * C;
+      prefetch(in.x + at), prefetch(in.g + at), prefetch(in.y + at);
+    }
+    prefetch(in.du + row), prefetch(in.f + row);
+  });
+}
+
 DEVICE void load_numbers(unsigned char* stage, const Inputs& in, const Numbers& mine, int token0, int M) {
   u32* numbers = (u32*)(stage + SEGMENTS * SEGMENT);
   if (threadIdx.x < TOKENS * NUMBER_PIECES)
@@ -360,6 +374,7 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
     }
     copies_commit();
     if (CHAIN) {
+      if (it + STAGES < count) prefetch_tile(in, first_token(it + STAGES), M, channel0);
       write_dots(mine, out, partials + warp * TOKENS * DOTS, lane);
       write_df(mine, make_h_post(numbers, gate), out, q);
     }
