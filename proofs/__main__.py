@@ -8,9 +8,11 @@ projection of yours. The exit status is 0 if every claim holds, 1 if one is brok
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,23 @@ def _print_list(console: Console, chosen: Sequence[Claim]) -> None:
         )
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C, or being asked to end, raises KeyboardInterrupt once: a second signal must not break the report."""
+
+    def stop(number: int, frame: object) -> None:
+        for one in handled:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    handled = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, before in handled.items():
+            signal.signal(one, before)
+
+
 def _run(
     console: Console, chosen: Sequence[Claim], selection: Selection, options: argparse.Namespace
 ) -> tuple[list[Outcome], int]:
@@ -97,10 +116,11 @@ def _run(
 
         profile = PROFILES[options.profile]
         try:
-            if options.jobs > 1:
-                pool.run(chosen, selection, profile, jobs=options.jobs, seed_value=options.seed, progress=advance)
-            else:
-                runner.run(chosen, found, profile, seed_value=options.seed, progress=advance)
+            with _interruptible():
+                if options.jobs > 1:
+                    pool.run(chosen, selection, profile, jobs=options.jobs, seed_value=options.seed, progress=advance)
+                else:
+                    runner.run(chosen, found, profile, seed_value=options.seed, progress=advance)
         except KeyboardInterrupt:
             pass
         except BrokenProcessPool as error:

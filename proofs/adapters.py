@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -190,5 +191,7 @@ def liger(logits: Any) -> Any:
 
 def tile_kernels(logits: Any) -> Any:
     """Return TileKernels' normalisation."""
+    if importlib.util.find_spec("tilelang.utils.target") is None:  # tilelang 0.1.15 has moved what TileKernels imports
+        sys.modules["tilelang.utils.target"] = importlib.import_module("tilelang.backend.target")
     ops = importlib.import_module("tile_kernels.modeling.mhc.ops.sinkhorn")
     return ops.sinkhorn_normalize(logits, repeat=NUM_ITERS, eps=1e-6)
