@@ -155,6 +155,8 @@ class Monitor:
         self._pending: tuple[int, _Picked] | None = None
         self._buffer: Tensor | None = None  # pinned memory on a GPU: asking for it anew waits for the device
         self._has_sites = isinstance(model, Transformer) and len(model.sites) > 0
+        if self._has_sites and config.certify_every:
+            certify_composite(np.eye(2)[None, None])  # what is imported for the first certificate is not a step's time
 
     def due(self, step: int) -> bool:
         """Say whether this step's forward pass is measured; steps count from 1, and the first one always is."""
