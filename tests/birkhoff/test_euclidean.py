@@ -45,6 +45,21 @@ def optimality_gap(matrix: np.ndarray, projected: np.ndarray) -> float:
     return float((products - own[:, None]).max())
 
 
+@pytest.mark.parametrize(
+    ("n", "std", "mean", "most"),
+    [
+        (4, 0.3, 3.75, 5), (4, 1.0, 5.07, 8), (4, 10.0, 3.22, 9), (4, 100.0, 2.22, 9), (8, 1.0, 6.26, 10),
+        (8, 10.0, 6.7, 13), (8, 100.0, 4.64, 15), (8, 1000.0, 4.21, 14), (16, 1.0, 7.34, 16), (16, 10.0, 10.51, 17),
+    ],
+)  # fmt: skip
+def test_steps_are_as_few_as_measured(n: int, std: float, mean: float, most: int) -> None:
+    """Direction, lengths, ridge and scale tell in the number of steps: one in fifty more is a change for the worse."""
+    values = np.random.default_rng(0).normal(size=(400, n, n)) * std
+    result = birkhoff.project(values, Euclidean(num_iters=80, tol=1e-12 * max(1.0, std)))
+    assert (result.status == 0).all()
+    assert result.num_iters.mean() <= 1.02 * mean + 0.005 and result.num_iters.max() <= most + 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("first", ["columns", "rows"])

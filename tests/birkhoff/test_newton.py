@@ -41,6 +41,23 @@ def test_steps_are_few(rng: Any) -> None:
         assert birkhoff.project(values, Newton(tol=1e-6)).num_iters.max() <= most
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tol", "n", "std", "mean", "most"),
+    [
+        (np.float32, 1e-6, 4, 1.0, 1.94, 3), (np.float32, 1e-6, 4, 10.0, 5.89, 14),
+        (np.float32, 1e-6, 4, 30.0, 9.94, 15),
+        (np.float32, 1e-6, 4, 100.0, 11.91, 17), (np.float32, 1e-6, 8, 300.0, 15.55, 19),
+        (np.float64, 1e-12, 4, 10.0, 7.07, 18), (np.float64, 1e-12, 4, 100.0, 22.06, 30),
+        (np.float64, 1e-12, 8, 30.0, 15.48, 28), (np.float64, 1e-12, 16, 300.0, 33.04, 41),
+    ],
+)  # fmt: skip
+def test_steps_are_as_few_as_measured(dtype: Any, tol: float, n: int, std: float, mean: float, most: int) -> None:
+    """Direction, length and stopping all tell in the number of steps: one in fifty more is a change for the worse."""
+    values = (np.random.default_rng(0).normal(size=(1000 if n < 8 else 100, n, n)) * std).astype(dtype)
+    counts = birkhoff.project(values, Newton(tol=tol)).num_iters
+    assert counts.mean() <= 1.02 * mean + 0.005 and counts.max() <= most + 2
+
+
 @pytest.mark.parametrize("first", ["columns", "rows"])
 def test_solves_vertices(first: str) -> None:
     vertices = np.array(list(itertools.product([0.0, 100.0], repeat=16)), dtype=np.float32).reshape(-1, 4, 4)[::17]
