@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mhc_layers.cli import main
+from mhc_layers.cli import _parse, main
 from mhc_layers.training.checkpoint import load_checkpoint
 from tests.mhc_layers.training_cases import write_text
 
@@ -158,3 +158,19 @@ def test_help_names_the_recipes(capsys):
 def test_numbers_out_of_range_are_named(words, message, capsys):
     assert main(words) == 1
     assert message in capsys.readouterr().err
+
+
+def test_sizes_that_the_recipe_derived_follow_their_source():
+    model = _parse(["train", "--model.dim", "64", "--model.num-heads", "2"])[0].config.model
+    assert (model.dim, model.num_heads, model.num_kv_heads, model.hidden_dim) == (64, 2, 2, 192)
+    model = _parse(["train", "--model.dim=64", "--model.hidden-dim", "40"])[0].config.model
+    assert (model.hidden_dim, model.num_kv_heads) == (40, 4)
+    model = _parse(["train", "--recipe", "medium_ddp", "--model.num-heads", "8"])[0].config.model
+    assert model.num_kv_heads == 8  # the recipe's own choice stays
+
+
+def test_inspect_says_where_and_in_which_dtype_the_operators_were_computed(runs, capsys):
+    assert main(["inspect", str(runs / "tiny_cpu-mhc"), "--device", "cpu"]) == 0
+    assert "float32 streams on cpu" in capsys.readouterr().out
+    assert main(["inspect", str(runs / "tiny_cpu-mhc"), "--tokens", "0"]) == 1
+    assert "--tokens is 0" in capsys.readouterr().err
