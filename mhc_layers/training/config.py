@@ -278,7 +278,7 @@ def decode(kind: type[T], value: Any, *, where: str = "config") -> T:
     --------
     >>> from mhc_layers.training.config import CheckpointConfig, decode
     >>> decode(CheckpointConfig, {"every": 5, "keep": 1})
-    CheckpointConfig(every=5, keep=1)
+    CheckpointConfig(every=5, keep=1, format='auto')
     """
     return typing.cast(T, _decode(kind, value, where))
 
