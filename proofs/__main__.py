@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         help="arrays, repeatable (default: all, or numpy)",
     )
     target.add_argument("--dtype", action="append", metavar="NAME", help="only these dtypes, with --projection")
+    target.add_argument("--size", action="append", type=int, metavar="N", help="only these n, with --projection")
     target.add_argument("--solver", action="append", metavar="NAME", help="only these solvers of birkhoff.solvers")
     target.add_argument("--claim", action="append", metavar="NAME", help="only these claims, or families of claims")
     effort = parser.add_argument_group("how hard")
@@ -68,6 +69,7 @@ def _selection(options: argparse.Namespace) -> Selection:
         last=options.last,
         num_iters=options.num_iters,
         dtypes=None if options.dtype is None else tuple(options.dtype),
+        sizes=None if options.size is None else tuple(options.size),
         backends=tuple(options.backend or ()),
         solvers=None if options.solver is None else tuple(options.solver),
     )

@@ -56,6 +56,8 @@ class Peer:
         Given where it is the plain iteration of that many steps; ``None`` for a tolerance, or for added eps.
     dtypes : tuple of str, optional
         What it computes in, where that is not every dtype that it takes.
+    sizes : tuple of int, optional
+        The n that it is made for, where that is not every n.
     about : str
         What is called, and what makes it another function than exp and alternating sums.
     """
@@ -67,6 +69,7 @@ class Peer:
     num_iters: int | None
     about: str
     dtypes: tuple[str, ...] | None = None
+    sizes: tuple[int, ...] | None = None
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or ``None``."""
@@ -98,6 +101,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         "liger", "liger_kernel", "columns", "triton", None,
         "liger_kernel.ops.mhc.mhc_split_sinkhorn_fwd; softmax start, eps 1e-6 in every divisor", ("float32",),
+        (1, 2, 4, 8, 16, 32),
     ),
     Peer(
         "tile_kernels", "tile_kernels", "columns", "triton", None,
@@ -177,16 +181,33 @@ def transformers_deepseek_v4(logits: Any) -> Any:
 
 
 def liger(logits: Any) -> Any:
-    """Return h_res of Liger's coefficient kernel, its logits given as the mix."""
-    torch = importlib.import_module("torch")
-    kernel = importlib.import_module("liger_kernel.ops.mhc").mhc_split_sinkhorn_fwd
+    """Return h_res of Liger's coefficient kernel, its logits given as the mix; its gradient is Liger's."""
+    torch: Any = importlib.import_module("torch")
+    ops = importlib.import_module("liger_kernel.ops.mhc")
     n = logits.shape[-1]
-    flat = logits.reshape(-1, n * n).float()
-    mix = torch.cat([torch.zeros(flat.shape[0], 2 * n, device=flat.device), flat], dim=1).contiguous()
-    one = torch.ones((), device=flat.device)
-    bias = torch.zeros(mix.shape[1], device=flat.device)
-    eps = {"pre_eps": 0.0, "sinkhorn_eps": 1e-6, "post_mult": 2.0}
-    return kernel(mix, bias, one, one, one, tmax=NUM_ITERS, **eps)[2].reshape(logits.shape).to(logits.dtype)
+    one, bias = torch.ones((), device=logits.device), torch.zeros(n * (n + 2), device=logits.device)
+
+    def mix(x: Any) -> Any:
+        flat = x.reshape(-1, n * n).float()
+        return torch.cat([torch.zeros(flat.shape[0], 2 * n, device=flat.device), flat], dim=1).contiguous()
+
+    class Call(torch.autograd.Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            ctx.save_for_backward(x)
+            eps = {"pre_eps": 0.0, "sinkhorn_eps": 1e-6, "post_mult": 2.0}
+            matrix = ops.mhc_split_sinkhorn_fwd(mix(x), bias, one, one, one, tmax=NUM_ITERS, **eps)[2]
+            return matrix.reshape(x.shape).to(x.dtype)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Any) -> Any:
+            (x,) = ctx.saved_tensors
+            upstream = grad.reshape(-1, n, n).float().contiguous()
+            result = ops.mhc_sinkhorn_bwd(mix(x), bias, one, upstream, tmax=NUM_ITERS, sinkhorn_eps=1e-6)
+            return result.reshape(x.shape).to(x.dtype)
+
+    return Call.apply(logits)
 
 
 def tile_kernels(logits: Any) -> Any:

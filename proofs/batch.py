@@ -85,6 +85,7 @@ def _kept(subject: Subject, sample: Sample) -> Observation:
 
 def _batch_shapes(subject: Subject, sample: Sample) -> Observation:
     size = sample.logits.shape[-1]
+    sample = sample.with_logits(np.resize(sample.logits, (6, size, size)))
 
     def others() -> Iterator[tuple[str, np.ndarray]]:
         for batch in ((2, 3), (1, 6), (3, 1, 2), ()):

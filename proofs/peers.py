@@ -52,6 +52,7 @@ def run_peer(peer: adapters.Peer, profile: runner.Profile) -> list[dict[str, Any
         backend_name=peer.backend,
         num_iters=peer.num_iters,
         dtypes=peer.dtypes,
+        sizes=peer.sizes,
     )
     outcomes = runner.run(claims.PROJECTION_CLAIMS, [subject], profile)
     return [report.as_record(outcome) for outcome in outcomes]
@@ -68,10 +69,12 @@ def _version(package: str) -> str:
 def _page(results: dict[str, list[dict[str, Any]]], versions: dict[str, str], profile: str) -> str:
     peers = [peer for peer in adapters.PEERS if peer.function in results]
     lines = [_HEAD.format(profile=profile, date=datetime.date.today().isoformat()), "## The projections", ""]
-    lines += ["| name | what is called | package | last side | dtypes |", "|---|---|---|---|---|"]
+    lines += ["| name | what is called | package | last side | dtypes | n |", "|---|---|---|---|---|---|"]
     for peer in peers:
         dtypes = ", ".join(peer.dtypes) if peer.dtypes else "all that the backend has"
-        lines.append(f"| `{peer.function}` | {peer.about} | {versions[peer.function]} | {peer.last} | {dtypes} |")
+        sizes = ", ".join(map(str, peer.sizes)) if peer.sizes else "any"
+        version = versions[peer.function]
+        lines.append(f"| `{peer.function}` | {peer.about} | {version} | {peer.last} | {dtypes} | {sizes} |")
     lines += ["", "## Which claim holds for which", ""]
     lines += ["| claim | " + " | ".join(f"`{peer.function}`" for peer in peers) + " |"]
     lines += ["|---|" + "---|" * len(peers)]

@@ -107,7 +107,10 @@ def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int |
         return Outcome(claim, subject.title, "not claimed", reason=reason)
     started = time.perf_counter()
     tried, closest = 0, None
-    for members in _groups(claim, _draw(claim, subject, profile, seed_value)):
+    drawn = [sample for sample in _draw(claim, subject, profile, seed_value) if _fits(sample, subject)]
+    if not drawn:
+        return Outcome(claim, subject.title, "not claimed", reason="no example has a size that it takes")
+    for members in _groups(claim, drawn):
         stack = _joined(members)
         tried += max(1, len(stack.logits))
         seen, _ = observe(claim, subject, stack)
@@ -121,6 +124,11 @@ def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int |
         reason = why or seen.detail
         return Outcome(claim, subject.title, "broken", tried, seen, reason, failing, time.perf_counter() - started)
     return Outcome(claim, subject.title, "holds", tried, closest, seconds=time.perf_counter() - started)
+
+
+def _fits(sample: Sample, subject: Any) -> bool:
+    sizes = getattr(subject, "sizes", None)
+    return sizes is None or sample.logits.shape[-1] in sizes
 
 
 def _draw(claim: Claim, subject: Any, profile: Profile, seed_value: int | None) -> list[Sample]:
@@ -217,7 +225,7 @@ def minimise(claim: Claim, subject: Any, sample: Sample, *, budget: int) -> tupl
     def breaks(candidate: Sample) -> bool:
         nonlocal left
         left -= 1
-        return not observe(claim, subject, candidate)[0].holds
+        return _fits(candidate, subject) and not observe(claim, subject, candidate)[0].holds
 
     current = sample
     seen, _ = observe(claim, subject, current)

@@ -25,6 +25,8 @@ class Selection:
         Compare `projection` with that many exact iterations as well.
     dtypes : tuple of str, optional
         Narrows what `projection` is tried on.
+    sizes : tuple of int, optional
+        The n that `projection` takes.
     backends : tuple of str
         Names of backends; none: NumPy for a projection, every one that runs here for this library.
     solvers : tuple of str, optional
@@ -35,6 +37,7 @@ class Selection:
     last: str = "rows"
     num_iters: int | None = None
     dtypes: tuple[str, ...] | None = None
+    sizes: tuple[int, ...] | None = None
     backends: tuple[str, ...] = ()
     solvers: tuple[str, ...] | None = None
 
@@ -50,6 +53,7 @@ class Selection:
                     backend_name=name,
                     num_iters=self.num_iters,
                     dtypes=self.dtypes,
+                    sizes=self.sizes,
                 )
                 for name in self.backends or ("numpy",)
             ]

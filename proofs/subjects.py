@@ -43,6 +43,8 @@ class Subject:
         What was done to the result afterwards.
     eps : tuple of float or None
         ``(eps_start, eps_den)`` of a damped recurrence.
+    sizes : tuple of int or None
+        The n that it takes; ``None``: every n.
     project : callable or None
         Array to a full `birkhoff.Projection`.
     vjp : callable or None
@@ -66,6 +68,7 @@ class Subject:
     converged: bool = False
     finish: str = "none"
     eps: tuple[float, float] | None = None
+    sizes: tuple[int, ...] | None = None
     project: Projector | None = field(default=None, repr=False)
     vjp: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
     tolerant: Callable[[float], Projector] | None = field(default=None, repr=False)
@@ -159,16 +162,26 @@ def user_subject(
     backend_name: str = "numpy",
     num_iters: int | None = None,
     dtypes: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Subject:
     """Wrap anybody's function.
 
-    With `num_iters` it is also compared with the model of that many iterations; `dtypes` narrows what it is tried on.
+    With `num_iters` it is also compared with the model of that many iterations; `dtypes` and `sizes` narrow what it is
+    tried on.
     """
     if last not in ("rows", "columns"):
         raise ValueError(f"last = {last!r}; give 'rows' or 'columns': the side that is normalised last")
     chosen = backend(backend_name) if dtypes is None else with_dtypes(backend(backend_name), dtypes)
     vjp = (lambda logits, grad: chosen.autograd(function, logits, grad)) if chosen.differentiates else None
-    return Subject(name=name, function=function, backend=chosen, last=last, num_iters=num_iters, vjp=vjp)
+    return Subject(
+        name=name,
+        function=function,
+        backend=chosen,
+        last=last,
+        num_iters=num_iters,
+        sizes=None if sizes is None else tuple(sizes),
+        vjp=vjp,
+    )
 
 
 def builtin_subjects(backend_names: Sequence[str], solver_names: Sequence[str] | None = None) -> list[Subject]:

@@ -128,3 +128,18 @@ def test_processes_give_the_same_outcomes_in_the_same_order() -> None:
 
     assert [outcome.verdict for outcome in shared] == ["broken", "broken", "holds"]
     assert facts(shared) == facts(alone)
+
+
+def test_only_sizes_that_a_function_takes_are_tried() -> None:
+    seen: set[int] = set()
+
+    def powers_of_two(logits: np.ndarray) -> np.ndarray:
+        seen.add(logits.shape[-1])
+        return broken.scaled_up(logits)
+
+    subject = broken.subject(powers_of_two, sizes=(4, 8))
+    outcome = runner.run_claim(claims.by_name("last_side_exact"), subject, EFFORT)
+    assert outcome.verdict == "broken" and outcome.failing is not None
+    assert seen <= {4, 8} and outcome.failing.logits.shape[-1] in (4, 8)
+    outcome = runner.run_claim(claims.by_name("two_by_two_closed_form"), subject, EFFORT)
+    assert outcome.verdict == "not claimed" and "size that it takes" in outcome.reason
