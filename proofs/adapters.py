@@ -191,7 +191,7 @@ def liger(logits: Any) -> Any:
         flat = x.reshape(-1, n * n).float()
         return torch.cat([torch.zeros(flat.shape[0], 2 * n, device=flat.device), flat], dim=1).contiguous()
 
-    class Call(torch.autograd.Function):  # type: ignore[misc]
+    class Call(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Any) -> Any:
             ctx.save_for_backward(x)
