@@ -425,7 +425,9 @@ class _SublayerHooks:
 
     def __init__(self, block: _Block, index: int, u: Tensor) -> None:
         self._block, self._index = block, index
-        self._u = u.untyped_storage().data_ptr() if u.is_contiguous() and u.storage_offset() == 0 else None
+        # only a plain tensor that fills its storage has an address that says what is a view of it
+        plain = type(u) is Tensor and u.is_contiguous() and u.storage_offset() == 0
+        self._u = (u.untyped_storage().data_ptr() or None) if plain else None
         self._dtype = u.dtype
         self._hooks: saved_tensors_hooks | None = None
 
