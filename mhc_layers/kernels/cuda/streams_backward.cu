@@ -5,10 +5,11 @@
 // mix[t,i,:] holds h_res[t,:,i], h_pre[t,i], rc[t]; dz is given as two bf16 terms.
 // CHAINED: x is what the site before wrote, so dx is the gradient of its write. With that site's input streams y, sublayer
 // output f and projections proj (which give h_post, Eq. 16 and 18):
-//   df[t,c] = sum_o h_post[t,o] dx[t,o,c]     dots[t,o] = <dx[t,o], f[t]>     dots[t,n+o*n+i] = <dx[t,o], y[t,i]>
+//   df[t,c] = sum_o h_post[t,o] dx[t,o,c]     dots[t,o,i] = <dx[t,o], y[t,i]>, and <dx[t,o], f[t]> for i = n
+// of dx as it is stored.
 //
-// A block owns BLOCK_C channels of all streams and walks tiles of TOKENS tokens: rows of 512 bytes travel through
-// STAGES tiles of padded shared memory. In a warp lane%4 is a pair of tokens and lane/4 a group of channels, so that the
+// A block owns BLOCK_C channels of all streams and takes tiles of TOKENS tokens in turn with the other blocks of these
+// channels: rows of 512 bytes travel through STAGES tiles of padded shared memory. In a warp lane%4 is a pair of tokens and lane/4 a group of channels, so that the
 // registers holding x are, after one byte permutation, the tensor core's operand of dphi, and its result of dz phi lands
 // where x, g and du of the same token and channel already are. dphi accumulates in registers over all tiles of the block
 // and is written once, to the block's own slab; slabs are summed in a fixed order afterwards (no atomics).
