@@ -9,10 +9,11 @@
 // of dx as it is stored.
 //
 // A block owns BLOCK_C channels of all streams and takes tiles of TOKENS tokens in turn with the other blocks of these
-// channels: rows of 512 bytes travel through STAGES tiles of padded shared memory. In a warp lane%4 is a pair of tokens and lane/4 a group of channels, so that the
-// registers holding x are, after one byte permutation, the tensor core's operand of dphi, and its result of dz phi lands
-// where x, g and du of the same token and channel already are. dphi accumulates in registers over all tiles of the block
-// and is written once, to the block's own slab; slabs are summed in a fixed order afterwards (no atomics).
+// channels: rows of 512 bytes travel through STAGES tiles of padded shared memory. In a warp lane%4 is a pair of tokens
+// and lane/4 a group of channels, so that the registers holding x are, after one byte permutation, the tensor core's
+// operand of dphi, and its result of dz phi lands where x, g and du of the same token and channel already are. dphi
+// accumulates in registers over all tiles of the block and is written once, to the block's own slab; slabs are summed
+// in a fixed order afterwards (no atomics).
 #ifdef CHAINED
 constexpr bool CHAIN = true;
 #else
@@ -369,7 +370,10 @@ streams_backward_kernel(const u16* x, const u16* g, const u16* du, const float* 
       for (int mt = 0; mt < MT; mt++) {
         const u32 a0 = __byte_perm(xw[0][mt], xw[1][mt], 0x5410), a1 = __byte_perm(xw[0][mt], xw[1][mt], 0x7632);
 #pragma unroll
-        for (int jt = 0; jt < JT; jt++) mma16(dphi[i][mt][jt], a0, a1, a0, a1, t[jt / 2][jt % 2 * 2], t[jt / 2][jt % 2 * 2 + 1]);
+        for (int jt = 0; jt < JT; jt++) {
+          const u32* both = t[jt / 2] + jt % 2 * 2;  // high and low term
+          mma16(dphi[i][mt][jt], a0, a1, a0, a1, both[0], both[1]);
+        }
       }
       load(it + STAGES - 1, i);  // between products, not all at once: each waits for its turn at the memory
     }
