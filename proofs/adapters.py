@@ -106,6 +106,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         "tile_kernels", "tile_kernels", "columns", "triton", None,
         "tile_kernels sinkhorn_normalize; softmax start, eps 1e-6 in every divisor", ("float32",),
+        (1, 2, 4, 8, 16, 32),
     ),
 )  # fmt: skip
 """Every adapter, in the order of the published table."""
