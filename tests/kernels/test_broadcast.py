@@ -181,7 +181,9 @@ def test_on_a_gpu_equals_float64(n: int, c: int, tokens: int, dtype: torch.dtype
     problem = copies(make_problem(tokens, n, c, dtype, device="cuda"))
     rounded = {torch.float32: 1e-5, torch.float16: 6e-4}.get(dtype, 3e-3)
     check(problem, PAPER, rounded, 1e-5 if dtype == torch.float32 else 3e-4)
-    for ours, theirs in both(problem):  # the compiler may contract another product of a sum
+    write, read, *backward = both(problem)
+    assert torch.equal(*write) and torch.equal(*read)
+    for ours, theirs in backward:  # the compiler may contract another product of a sum
         assert relative_error(ours, theirs) < (1e-6 if ours.dtype == torch.float32 else 1e-4)
     first, second = run(problem, PAPER), run(problem, PAPER)
     assert all(torch.equal(first[name], second[name]) for name in first)

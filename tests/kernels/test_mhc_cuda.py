@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mhc_layers.kernels.cuda import boundary, streams_backward
+from mhc_layers.kernels.triton.read import read_forward
+from mhc_layers.kernels.triton.write import write_forward
 from tests.kernels.mhc_cuda_cases import BF16, FP32, Site, correctly_rounded, error
 
 pytestmark = pytest.mark.gpu
@@ -76,6 +78,17 @@ def test_boundary_forward_equals_float64(n: int, c: int, m: int, delayed: bool) 
         u = None
         out, slabs, squares = boundary.boundary_forward(site.x, site.f, site.coef, site.phi)
     site.check_boundary(out, u, slabs, squares)
+
+
+@pytest.mark.parametrize(("n", "c", "m"), SHAPES)
+def test_boundary_writes_the_bits_of_the_separate_write(n: int, c: int, m: int) -> None:
+    """The sum of a stream is written out as multiply-adds in one order, in CUDA C++ and in Triton."""
+    site = Site(n, c, m)
+    out, _, _ = boundary.boundary_forward(site.x, site.f, site.coef, site.phi)
+    delayed, u, _, _ = boundary.boundary_read_forward(site.x, site.f, site.coef, site.phi)
+    written = write_forward(site.x, site.f, site.coef)
+    assert torch.equal(out, written) and torch.equal(delayed, written)
+    assert torch.equal(u, read_forward(written, site.coef))
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:

@@ -51,7 +51,7 @@ def broadcast_write_kernel(E, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr,
     for o in tl.static_range(n):
         y = tl.load(coef + n + o, mask=live, other=0.0)[:, None] * f
         for i in tl.static_range(n):
-            y += tl.load(coef + 2 * n + o * n + i, mask=live, other=0.0)[:, None] * e
+            y = tl.fma(tl.load(coef + 2 * n + o * n + i, mask=live, other=0.0)[:, None], e, y)
         tl.store(OUT + tok64[:, None] * (n * C) + (o * C + c)[None, :], y.to(OUT.dtype.element_ty), mask=mask)
 
 

@@ -88,7 +88,8 @@ def read_norm_forward_kernel(
         else:
             total = tl.zeros((BT, BC), tl.float32)
             for i in tl.static_range(n):
-                total += h[i] * tl.load(x_rows + ((i % STORED) * C + c)[None, :], mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(x_rows + ((i % STORED) * C + c)[None, :], mask=mask, other=0.0)
+                total = tl.fma(h[i], x.to(tl.float32), total)
             u = total.to(X.dtype.element_ty)
         wide = u.to(tl.float32)
         squares += wide * wide

@@ -50,7 +50,7 @@ def recompute_block_kernel(
         u = tl.zeros((BT, BC), tl.float32)
         for i in tl.static_range(n):
             h = tl.load(READS[site] + tok64 * READ_STRIDES[site] + i, mask=live, other=0.0)
-            u += h[:, None] * x[i]
+            u = tl.fma(h[:, None], x[i], u)
         tl.store(US[site] + row, u.to(X.dtype.element_ty), mask=mask)
         if site + 1 < SITES:
             coef = COEFS[site] + tok64 * N
@@ -59,7 +59,7 @@ def recompute_block_kernel(
             for o in tl.static_range(n):
                 y = tl.load(coef + n + o, mask=live, other=0.0)[:, None] * f
                 for i in tl.static_range(n):
-                    y += tl.load(coef + 2 * n + o * n + i, mask=live, other=0.0)[:, None] * x[i]
+                    y = tl.fma(tl.load(coef + 2 * n + o * n + i, mask=live, other=0.0)[:, None], x[i], y)
                 stored = y.to(X.dtype.element_ty)
                 tl.store(XS[site] + at + o * C, stored, mask=mask)
                 new = new + (stored.to(tl.float32),)

@@ -17,7 +17,11 @@ __all__ = ["write_forward"]
 
 @triton.jit(do_not_specialize=["M"])
 def write_forward_kernel(X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """Eq. 3 after the sublayer, fp32 products, one rounding."""
+    """Eq. 3 after the sublayer in fp32, one rounding at the end.
+
+    The fused multiply-adds are written out: left to the compiler, another kernel of the same sum contracts another of its
+    products. So the boundary kernels, the rebuild and the first site give these bits.
+    """
     N: tl.constexpr = n * (n + 2)
     tiles: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
@@ -35,7 +39,7 @@ def write_forward_kernel(X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, B
     for o in tl.static_range(n):
         y = tl.load(coef + n + o, mask=live, other=0.0)[:, None] * f
         for i in tl.static_range(n):
-            y += tl.load(coef + 2 * n + o * n + i, mask=live, other=0.0)[:, None] * x[i]
+            y = tl.fma(tl.load(coef + 2 * n + o * n + i, mask=live, other=0.0)[:, None], x[i], y)
         tl.store(OUT + at + o * C, y.to(OUT.dtype.element_ty), mask=mask)
 
 
