@@ -19,8 +19,8 @@ __all__ = ["write_forward"]
 def write_forward_kernel(X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """Eq. 3 after the sublayer in fp32, one rounding at the end.
 
-    The fused multiply-adds are written out: left to the compiler, another kernel of the same sum contracts another of its
-    products. So the boundary kernels, the rebuild and the first site give these bits.
+    The fused multiply-adds are written out: left to the compiler, another kernel of the same sum contracts another of
+    its products. So the boundary kernels, the rebuild and the first site give these bits.
     """
     N: tl.constexpr = n * (n + 2)
     tiles: tl.constexpr = (C + BC - 1) // BC
