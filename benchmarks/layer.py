@@ -41,8 +41,8 @@ PACKAGES = (
 #: in order of importance: every shape is measured for the names of one group before the next group starts
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("ours, fused", "TileKernels"),
-    ("torch.compile, bf16 GEMM", "Liger", "transformers DeepSeek-V4"),
-    ("ours, fused, all Triton",),
+    ("ours, fused, all Triton", "Liger"),
+    ("torch.compile, bf16 GEMM", "transformers DeepSeek-V4"),
     ("eager, fp32", "ours, plain torch", "ours, plain torch, compiled"),
 )
 
