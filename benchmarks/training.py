@@ -166,6 +166,7 @@ def _memory(model: Transformer, tokens: Tensor, targets: Tensor) -> dict[str, in
     peak = torch.cuda.max_memory_allocated() - static
     for parameter in model.parameters():
         parameter.grad = None
+    free()
     loss, _ = model.loss(tokens, targets)
     kept = torch.cuda.memory_allocated() - static
     del loss
