@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -171,7 +172,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.print_table(console, outcomes, detail=options.detail)
     report.print_failures(console, outcomes)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    settings |= {"wall_seconds": round(time.perf_counter() - started, 1), "not_tried": left}
+    spent = sum(os.times()[:4])  # of this process and of those that it started and waited for
+    settings |= {
+        "wall_seconds": round(time.perf_counter() - started, 1),
+        "processor_seconds": round(spent, 1),
+        "not_tried": left,
+    }
     if options.json:
         report.write_json(options.json, outcomes, report.about(settings, options.commit))
     if options.junit:

@@ -85,7 +85,8 @@ called the Triton backend took the CUDA C++ kernels wherever CuPy was installed;
 
 _REPORT = """# Claims, measured: {devices}
 
-Command: `python -m proofs {command}`. {date}, commit {commit}, {processors} processors, {wall} s from start to end.
+Command: `python -m proofs {command}`. {date}, commit {commit}, {processors} processors, {wall} s from start to
+end, {spent} s of processor time.
 
 {held} hold, {broken} broken, {skipped} not claimed, {left} not tried; {matrices:,} matrices. `seen / allowed` is the
 example that came closest to breaking the claim.
@@ -187,6 +188,7 @@ def render_report(path: Path) -> str:
             commit=document["commit"] or "unknown",
             processors=document["processors"],
             wall=settings["wall_seconds"],
+            spent=settings["processor_seconds"],
             held=verdicts["holds"],
             broken=verdicts["broken"],
             skipped=verdicts["not claimed"],
@@ -232,7 +234,9 @@ def _by_family(found: list[dict[str, Any]], document: dict[str, Any]) -> list[st
     versions = {name: text for name, text in document["versions"].items() if name in (*_SHOWN, *OWN)}
     lines = [
         f"{len(tried) - len(broken)} hold, {len(broken)} broken; {sum(r['examples'] for r in tried):,} matrices in "
-        f"{sum(r['seconds'] for r in tried):.0f} s of claims, {document['settings']['jobs']} at a time. "
+        f"{sum(r['seconds'] for r in tried):.0f} s of claims, {document['settings']['jobs']} at a time (all backends of "
+        f"the run: {document['settings']['wall_seconds']:.0f} s, {document['settings']['processor_seconds']:.0f} s of "
+        f"processor time). "
         f"{document['date']}, " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
         "| family | claims x subjects | broken | matrices | closest to its allowance |",
