@@ -234,8 +234,8 @@ def _by_family(found: list[dict[str, Any]], document: dict[str, Any]) -> list[st
     versions = {name: text for name, text in document["versions"].items() if name in (*_SHOWN, *OWN)}
     lines = [
         f"{len(tried) - len(broken)} hold, {len(broken)} broken; {sum(r['examples'] for r in tried):,} matrices in "
-        f"{sum(r['seconds'] for r in tried):.0f} s of claims, {document['settings']['jobs']} at a time (all backends of "
-        f"the run: {document['settings']['wall_seconds']:.0f} s, {document['settings']['processor_seconds']:.0f} s of "
+        f"{sum(r['seconds'] for r in tried):.0f} s of claims, {document['settings']['jobs']} at a time (all of the "
+        f"run: {document['settings']['wall_seconds']:.0f} s, {document['settings']['processor_seconds']:.0f} s of "
         f"processor time). "
         f"{document['date']}, " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
