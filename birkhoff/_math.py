@@ -70,7 +70,7 @@ def exp_in_sum(xp: Any, exponents: Any, branch: bool) -> Any:
     return xp.exp(xp.maximum(exponents, _SMALLEST_EXPONENT[_xp.dtype_name(exponents.dtype)]))
 
 
-def log_divide(xp: Any, logits: Any, axis: int, accumulate: Any, *, branch: bool = False) -> Any:
+def log_divide(xp: Any, logits: Any, axis: int, accumulate: Any, *, branch: bool) -> Any:
     r"""Divide ``exp(logits)`` by its sums along ``axis``, in the log domain.
 
     .. math:: L_{ij} \leftarrow L_{ij} - \log \textstyle\sum_k \exp(L_{kj})
