@@ -146,7 +146,8 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ), "a threshold met exactly: one step more or less"),
     Equivalent("birkhoff.solvers.sinkhorn_damped", (("_log_rate", "xp.ones_like", "xp.zeros_like"),),
                "a divisor in the branch that is not selected"),
-    Equivalent("birkhoff._tangent", (("module", "1e-37", "2e-37"),), "the least degree, below every weight that matters"),
+    Equivalent("birkhoff._tangent", (("module", "1e-37", "2e-37"),),
+               "the least degree, below every weight that matters"),
     Equivalent("birkhoff._tangent", (
         ("weights", "0", "1"), ("solve_laplacian", "0", "1"), ("solve_flows", "0", "1"), ("kl_derivative", "0", "1"),
     ), "the other axis of a square"),
