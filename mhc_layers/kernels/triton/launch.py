@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Chain", "Launch", "launch"]
+__all__ = ["Chain", "Launch"]
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
-_PREPARED: dict[tuple[Any, ...], Launch] = {}
 
 #: The same bits from every Triton version: the default of contraction to fused multiply-adds changes.
 _OPTIONS = {"enable_fp_fusion": True}
@@ -147,19 +146,3 @@ class Chain:
         starts = tuple(launch.start_on(index) for launch in self._launches)
         if all(start is not None for start in starts):
             self._ready = (tuple(map(_dtype, tensors)), index, starts)
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    pointers: tuple[torch.Tensor, ...],
-    scalars: tuple[int | float, ...],
-    constants: dict[str, Any],
-    num_warps: int,
-) -> None:
-    """Launch with the :class:`Launch` of these arguments, made at the first call."""
-    key = (id(kernel), grid, scalars, num_warps, *constants.values())
-    prepared = _PREPARED.get(key)
-    if prepared is None:
-        prepared = _PREPARED[key] = Launch(kernel, grid, scalars, constants, num_warps)
-    prepared(*pointers)
