@@ -125,12 +125,13 @@ EXTENSIONS = ("benchmarks.projection_gpu",)
 
 @dataclass(frozen=True)
 class Device:
-    """What differs between devices: the timer, the description, the page, and what is done before any row."""
+    """What differs between devices: timer, description, page, compilation before any row, and the floor's rate."""
 
     time: Callable[[list[Callable[[], Any]]], dict[str, Any]]
     describe: Callable[[], dict[str, Any]]
     markdown: Callable[[dict[str, Any]], str]
-    prepare: Callable[[Any], dict[str, Any]] = lambda rows: {}
+    prepare: Callable[[Any, float], dict[str, Any]] = lambda rows, seconds: {}
+    floor: Callable[[], dict[str, Any]] = lambda: {}
     after: Callable[[Contestant], None] = lambda contestant: None
     plot: Callable[[dict[str, Any], Path], None] | None = None
 
@@ -240,9 +241,9 @@ CONTESTANTS = (
     Contestant("POT batched, torch", "ot", "rows", torch_call(_pot_torch), devices=EVERYWHERE, turn=2),
     Contestant(
         "hyper-connections (lucidrains)", "hyper_connections", "columns", torch_call(_lucidrains), devices=EVERYWHERE,
-        turn=2,
+        turn=3,
     ),
-    Contestant("plain torch", "torch", "columns", torch_call(plain_torch), devices=EVERYWHERE, turn=2),
+    Contestant("plain torch", "torch", "columns", torch_call(plain_torch), devices=EVERYWHERE, turn=3),
     Contestant(
         "torch.compile of the plain loop", "torch", "columns", _compiled, devices=EVERYWHERE, turn=2, compiles="exact"
     ),
@@ -370,17 +371,20 @@ def run(
     device: Device,
     save: Callable[[dict[str, Any]], None] = lambda report: None,
     budget: float = float("inf"),
+    compile_ahead: float = 45.0,
 ) -> dict[str, Any]:
     """Measure every contestant on every case, in turns; ``save`` gets the report after each row.
 
-    Once ``budget`` seconds are spent the remaining rows say so instead of running.
+    Once ``budget`` seconds are spent the remaining rows say so instead of running. Compilers get ``compile_ahead``
+    seconds before the first row.
     """
     started = time.monotonic()
     entries = [{"case": asdict(case) | {"title": case.title, "floor_bytes": case.floor_bytes}} for case in cases]
     report: dict[str, Any] = {"machine": device.describe(), "results": [entry | {"rows": []} for entry in entries]}
     pairs = [(index, contestant) for index in range(len(cases)) for contestant in contestants]
     pairs.sort(key=lambda pair: pair[1].turn)
-    report |= device.prepare([(cases[index], contestant) for index, contestant in pairs])
+    report |= device.prepare([(cases[index], contestant) for index, contestant in pairs], compile_ahead)
+    report |= device.floor()
     for index, contestant in pairs:
         if time.monotonic() - started > budget and refusal(contestant, cases[index]) is None:
             row = {"name": contestant.name, "ours": contestant.ours, "computes": contestant.computes}
@@ -459,6 +463,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--names", nargs="+", help="only contestants whose name contains one of these")
     parser.add_argument("--threads", type=int, help="threads of torch (NumPy reads OMP_NUM_THREADS)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
+    parser.add_argument("--compile-ahead", type=float, default=45.0, help="seconds for compilers before the first row")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
     parser.add_argument("--json", type=Path, help="write the report here, after every row")
     parser.add_argument("--markdown", type=Path, help="write the page here, after every row")
     parser.add_argument("--plot", type=Path, help="draw a figure here at the end (GPU reports; needs matplotlib)")
@@ -478,11 +484,16 @@ def main(argv: list[str] | None = None) -> int:
         "threads": _threads(arguments.threads),
         "command": shlex.join(["python", "-m", "benchmarks", "projection", *(sys.argv[2:] if argv is None else argv)]),
     }
+    if arguments.compile_only:
+        print(device.prepare([(case, peer) for case in cases for peer in contestants], arguments.compile_ahead))
+        return 0
+
+    def save(report: dict[str, Any]) -> None:
+        _write(arguments, device, report | about)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = run(
-            cases, contestants, device, lambda report: _write(arguments, device, report | about), arguments.budget
-        )
+        report = run(cases, contestants, device, save, arguments.budget, arguments.compile_ahead)
     print(device.markdown(report | about))
     _draw(arguments, device, report)
     wrong = [row for result in report["results"] for row in result["rows"] if row["ours"] and "wrong" in row]

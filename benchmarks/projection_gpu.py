@@ -30,8 +30,11 @@ __all__ = ["CASES", "CONTESTANTS", "DEVICES", "DeviceCase", "compile_ahead"]
 
 _SECOND_LEVEL_CACHE = 50 << 20
 
-COMPILE_SECONDS = 45.0
-"""How long the rows wait for the compilers; what is not ready then is compiled within its row's own limit."""
+_COMPILE_LIMIT = 90.0
+"""Seconds that a process of :func:`compile_ahead` gives to one row."""
+
+_ENOUGH_BYTES = 16 << 30
+"""Memory that rows may leave in the allocator before the next one returns it."""
 
 _LAUNCHES_MATTER_MS = 8.0
 """A call that takes longer is not captured in a graph: launches are no longer its cost."""
@@ -65,7 +68,7 @@ class DeviceCase(Case):
         """A case is for the contestants of its kind, and for Sinkhorn's iteration on wide logits if it is a limit."""
         if self.kind == "large" or contestant.computes == "large":
             return None if self.kind == contestant.computes else "another kind of problem"
-        if contestant.turn == 2 and not self.kind and self not in _FOR_SLOW_PEERS:
+        if contestant.turn >= 2 and not self.kind and self not in _FOR_SLOW_PEERS[: 2 if contestant.turn > 2 else None]:
             return "a slow peer, run on fewer sizes"
         if self.kind == "vertices" or (contestant.computes == "limit" and not self.kind):
             return None if contestant.computes == "limit" and self.kind else "another kind of problem"
@@ -73,7 +76,8 @@ class DeviceCase(Case):
 
     def inputs(self, share: float) -> Iterator[tuple[Any, Any]]:
         """Sets of logits and upstream gradients that together exceed the second-level cache, two at least."""
-        free()
+        if torch.cuda.memory_reserved() > _ENOUGH_BYTES:
+            free()
         if self.kind == "vertices":
             entry = torch.arange(16, device="cuda")
             bits = (torch.arange(1 << 16, device="cuda")[:, None] >> entry) & 1
@@ -215,7 +219,7 @@ CONTESTANTS = (
 # The device
 
 
-def compile_ahead(rows: Sequence[tuple[Case, Contestant]], seconds: float = COMPILE_SECONDS) -> float:
+def compile_ahead(rows: Sequence[tuple[Case, Contestant]], seconds: float) -> float:
     """Run what compiles once, in processes side by side that are ended after so many seconds; the seconds taken."""
     tasks, seen = [], set()
     for case, contestant in rows:
@@ -223,7 +227,7 @@ def compile_ahead(rows: Sequence[tuple[Case, Contestant]], seconds: float = COMP
         if contestant.compiles and refusal(contestant, case) is None and kept not in seen:
             seen.add(kept)
             tasks.append((case.title, contestant.name))
-    started, workers = time.monotonic(), max(1, min(len(tasks), (os.cpu_count() or 2) - 1))
+    started, workers = time.monotonic(), max(1, min(len(tasks), len(os.sched_getaffinity(0)) - 1))
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -250,15 +254,15 @@ def _compile(tasks: list[list[str]]) -> None:
         contestant = next(contestant for contestant in contestants if contestant.name == name)
         if contestant.compiles == "any":
             case = replace(case, batch=min(case.batch, 1 << 12))
-        with contextlib.suppress(Exception), time_limit(COMPILE_SECONDS):
+        with contextlib.suppress(Exception), time_limit(_COMPILE_LIMIT):
             logits, upstream = next(case.inputs(1.0))
             contestant.prepare(case, logits, upstream)()
             torch.cuda.synchronize()
         torch.compiler.reset()
 
 
-def _prepare(rows: Sequence[tuple[Case, Contestant]]) -> dict[str, Any]:
-    return {"compiled_ahead_seconds": compile_ahead(rows), "copy_bytes_per_second": copy_rate()}
+def _prepare(rows: Sequence[tuple[Case, Contestant]], seconds: float) -> dict[str, Any]:
+    return {"compiled_ahead_seconds": compile_ahead(rows, seconds)}
 
 
 def _time(calls: list[Callable[[], Any]]) -> dict[str, Any]:
@@ -284,7 +288,13 @@ def _describe() -> dict[str, Any]:
 
 DEVICES = {
     "cuda": Device(
-        _time, _describe, projection_report.markdown, prepare=_prepare, after=_after, plot=projection_report.plot
+        _time,
+        _describe,
+        projection_report.markdown,
+        prepare=_prepare,
+        floor=lambda: {"copy_bytes_per_second": copy_rate()},
+        after=_after,
+        plot=projection_report.plot,
     )
 }
 

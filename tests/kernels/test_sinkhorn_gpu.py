@@ -201,10 +201,11 @@ def test_compiled_and_captured_training_steps(monkeypatch: pytest.MonkeyPatch, r
         matrix = birkhoff.sinkhorn(x)
         return matrix, torch.autograd.grad(matrix, x, upstream)[0]
 
-    eager = step(logits)
+    eager = [tensor.detach() for tensor in step(logits)]
     compiled = torch.compile(birkhoff.sinkhorn, fullgraph=True)(logits)
     assert torch.equal(compiled, eager[0])
     assert torch.equal(torch.autograd.grad(compiled, logits, upstream)[0], eager[1])
+    del compiled  # a graph of the default stream that lives during a capture invalidates it
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
