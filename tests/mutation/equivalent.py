@@ -140,6 +140,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent("birkhoff.solvers.range_cap", (("_masks", "logits < peak - range_cap", "logits <= peak - range_cap"),),
                "a logit exactly at the cap: a kink, where either one-sided derivative is right"),
     Equivalent("birkhoff.solvers.euclidean", (
+        ("init", "spread > 1.0", "spread >= 1.0"), ("init", "1.0", "2.0"), ("step", "xp.max", "xp.min"),
+        ("step", "xp.finfo(values.dtype).eps * (n + 0.25 * reach)", "xp.finfo(values.dtype).eps / (n + 0.25 * reach)"),
+        ("step", "n + 0.25 * reach", "n - 0.25 * reach"), ("step", "0.25", "0.5"),
+    ), "where the scale starts, and at which rounding a matrix counts as settled: a step more or less"),
+    Equivalent("birkhoff.solvers.euclidean", (("init", "0", "1"),), "potentials of zero broadcast along either axis"),
+    Equivalent("birkhoff.solvers.euclidean", (
         ("step", "error <= xp.finfo(values.dtype).eps * (n + 0.25 * reach)",
          "error < xp.finfo(values.dtype).eps * (n + 0.25 * reach)"),
         ("step", "error < 1.0", "error <= 1.0"),
@@ -155,6 +161,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
                "where equal, either is right"),
     Equivalent("birkhoff.solvers.newton", (("module", "1e-30", "2e-30"), ("module", "12", "13")),
                "the weight that joins what underflow has cut, and one more halving: no result depends on which"),
+    Equivalent("birkhoff.solvers.newton", (
+        ("module", "0.4", "0.8"), ("module", "0.0001", "0.0002"), ("init", "2.0", "4.0"), ("_direction", "2.0", "4.0"),
+        ("init", "centred > -xp.inf", "centred >= -xp.inf"),
+    ), "how far a step may go before it is looked at: tuning, with as few steps as measured"),
+    Equivalent("birkhoff.solvers.newton", (("step", "1", "2"),),
+               "for n = 1 the step is zero, and n = 2 is at its solution from the start"),
     Equivalent("birkhoff.solvers.newton", (("_direction", "0", "1"),),
                "which slice an array of ones takes its shape from"),
     Equivalent("birkhoff.solvers.sinkhorn_log", (("init", "1.0", "2.0"), ("trajectory", "1.0", "2.0")),

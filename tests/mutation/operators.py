@@ -67,6 +67,8 @@ def mutants(source: str) -> Iterator[Mutant]:
             target = [n for n in _live(changed_tree) if not isinstance(n, ast.expr_context)][position]
             before = ast.unparse(node)
             after_node = change(target)
+            if ast.unparse(after_node) == before:  # two equal things exchanged
+                continue
             _replace(changed_tree, target, after_node)
             ast.fix_missing_locations(changed_tree)
             text = ast.unparse(changed_tree)
