@@ -143,7 +143,9 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("init", "spread > 1.0", "spread >= 1.0"), ("init", "1.0", "2.0"), ("step", "xp.max", "xp.min"),
         ("step", "xp.finfo(values.dtype).eps * (n + 0.25 * reach)", "xp.finfo(values.dtype).eps / (n + 0.25 * reach)"),
         ("step", "n + 0.25 * reach", "n - 0.25 * reach"), ("step", "0.25", "0.5"),
-    ), "where the scale starts, and at which rounding a matrix counts as settled: a step more or less"),
+        ("step", "scale <= 1.0", "scale < 1.0"), ("step", "1.0", "2.0"),
+    ), "where the scale starts, at which rounding a matrix counts as settled, from which error the ridge is largest: a "
+       "step more or less"),
     Equivalent("birkhoff.solvers.euclidean", (("init", "0", "1"),), "potentials of zero broadcast along either axis"),
     Equivalent("birkhoff.solvers.euclidean", (
         ("step", "error <= xp.finfo(values.dtype).eps * (n + 0.25 * reach)",
@@ -165,6 +167,11 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("module", "0.4", "0.8"), ("module", "0.0001", "0.0002"), ("init", "2.0", "4.0"), ("_direction", "2.0", "4.0"),
         ("init", "centred > -xp.inf", "centred >= -xp.inf"),
     ), "how far a step may go before it is looked at: tuning, with as few steps as measured"),
+    Equivalent("birkhoff.solvers.newton", (
+        ("_gap", "matrix.shape[0] ** 0.5", "matrix.shape[0] * 0.5"), ("_gap", "0", "1"), ("_gap", "0.5", "1.0"),
+        ("_move", "2.0 * n ** 0.5", "2.0 / n ** 0.5"),
+    ), "how much rounding is allowed for: a factor of the square root of n"),
+    Equivalent("birkhoff.solvers.newton", (("_gap", "True", "False"),), "a mean broadcasts with or without its axis"),
     Equivalent("birkhoff.solvers.newton", (("step", "1", "2"),),
                "for n = 1 the step is zero, and n = 2 is at its solution from the start"),
     Equivalent("birkhoff.solvers.newton", (("_direction", "0", "1"),),

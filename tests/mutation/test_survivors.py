@@ -179,3 +179,16 @@ def test_defaults_are_the_documented_ones(name: str) -> None:
             assert "optional" in line and found is None, line
         else:
             assert found and ast.literal_eval(found[1]) == field.default, line
+
+
+@pytest.mark.parametrize("eps_start", [0.0, 1e-6])
+def test_derivatives_of_the_damped_recurrence_are_finite_where_its_softmax_underflows(eps_start: float) -> None:
+    torch = pytest.importorskip("torch")
+    solver = solvers.SinkhornDamped(num_iters=3, eps_start=eps_start)
+    logits = torch.tensor([[0.0, -2000.0, 0.5], [-2000.0, 0.0, 0.0], [0.3, 1.0, 0.0]], dtype=torch.float64)
+    logits.requires_grad_(True)
+    weight = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+    (first,) = torch.autograd.grad((birkhoff.project(logits, solver).matrix * weight).sum(), logits, create_graph=True)
+    (second,) = torch.autograd.grad((first * weight).sum(), logits)
+    assert torch.isfinite(first).all() and torch.isfinite(second).all()
+    assert float(first.detach().abs().max()) > 1e-3 and float(second.abs().max()) > 1e-3
