@@ -146,6 +146,13 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("step", "scale <= 1.0", "scale < 1.0"), ("step", "1.0", "2.0"),
     ), "where the scale starts, at which rounding a matrix counts as settled, from which error the ridge is largest: a "
        "step more or less"),
+    Equivalent("birkhoff.solvers.euclidean", (
+        ("step", "best_objective < objective", "best_objective <= objective"),
+        ("step", "value < best_objective - margin", "value <= best_objective - margin"),
+        ("step", "value <= best_objective + margin", "value < best_objective + margin"),
+        ("step", "slope < best_slope", "slope <= best_slope"),
+        ("step", "scale > _SHRINK", "scale >= _SHRINK"), ("step", "best_error < _SETTLED", "best_error <= _SETTLED"),
+    ), "where equal, either is right"),
     Equivalent("birkhoff.solvers.euclidean", (("init", "0", "1"),), "potentials of zero broadcast along either axis"),
     Equivalent("birkhoff.solvers.euclidean", (
         ("step", "error <= xp.finfo(values.dtype).eps * (n + 0.25 * reach)",
@@ -169,8 +176,15 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ), "how far a step may go before it is looked at: tuning, with as few steps as measured"),
     Equivalent("birkhoff.solvers.newton", (
         ("_gap", "matrix.shape[0] ** 0.5", "matrix.shape[0] * 0.5"), ("_gap", "0", "1"), ("_gap", "0.5", "1.0"),
-        ("_move", "2.0 * n ** 0.5", "2.0 / n ** 0.5"),
-    ), "how much rounding is allowed for: a factor of the square root of n"),
+        ("_move", "2.0 * n ** 0.5", "2.0 / n ** 0.5"), ("_move", "n ** 0.5", "n * 0.5"), ("_move", "0.5", "1.0"),
+        ("_move", "slack * (1.0 + span)", "slack / (1.0 + span)"),
+        ("_move", "slack * (1.0 + span) - _SUFFICIENT * length * slope",
+         "slack * (1.0 + span) + _SUFFICIENT * length * slope"),
+    ), "how much rounding, or which ten-thousandth of the slope, is allowed for"),
+    Equivalent("birkhoff.solvers.newton", (
+        ("_move", "dual <= slack * (1.0 + span) - _SUFFICIENT * length * slope",
+         "dual < slack * (1.0 + span) - _SUFFICIENT * length * slope"),
+    ), "where equal, either is right"),
     Equivalent("birkhoff.solvers.newton", (("_gap", "True", "False"),), "a mean broadcasts with or without its axis"),
     Equivalent("birkhoff.solvers.newton", (("step", "1", "2"),),
                "for n = 1 the step is zero, and n = 2 is at its solution from the start"),
