@@ -12,7 +12,6 @@ from torch import Tensor
 from mhc_layers.kernels.options import SiteOptions, padded_rows, streams_of
 
 __all__ = [
-    "boundary_forward",
     "broadcast_streams_backward",
     "broadcast_write_backward",
     "broadcast_write_forward",
@@ -101,7 +100,7 @@ def finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the slabs and form ``coef``, ``proj`` and ``rstd`` (Eq. 15 to 19)."""
     num_rows = slabs.shape[-1]
-    n = round((num_rows + 1) ** 0.5) - 1
+    n = streams_of(num_rows)
     rstd = torch.rsqrt(squares.sum(0) / k + options.norm_eps)
     proj = slabs.sum(0) * rstd.unsqueeze(-1)
     pre, post, res = _logits(proj, alphas, bias, n)
@@ -140,12 +139,6 @@ def write_forward(x: Tensor, f: Tensor, coef: Tensor) -> Tensor:
     return (h_res @ x.to(dtype) + h_post.unsqueeze(-1) * f.to(dtype).unsqueeze(-2)).to(x.dtype)
 
 
-def boundary_forward(x: Tensor, f: Tensor, coef: Tensor, phi_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The write of a site, and the projection of the next one from the rounded streams."""
-    out = write_forward(x, f, coef)
-    return out, *project(out, phi_next)
-
-
 def write_backward(
     g: Tensor, x: Tensor, f: Tensor, proj: Tensor, alpha_post: Tensor, bias: Tensor, options: SiteOptions
 ) -> tuple[Tensor, Tensor]:
@@ -178,9 +171,9 @@ def finish_backward(
     stream_dtype: torch.dtype,
     read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjoint of the coefficients: ``mix [M, n, n + 2]``, ``dz [M, 1, PAD(N)]``, parameter partials."""
+    """Adjoint of the coefficients: ``mix [M, n, n + 2]``, ``dz [M, 1, PAD(N)]`` and partials ``[1, PAD(N) + 4]``."""
     num_rows = proj.shape[-1]
-    n = round((num_rows + 1) ** 0.5) - 1
+    n = streams_of(num_rows)
     padded = padded_rows(num_rows)
     proj, rstd, dcoef = proj.reshape(-1, num_rows), rstd.reshape(-1), dcoef.reshape(-1, num_rows)
     pre, post, res = _logits(proj, alphas, bias, n)

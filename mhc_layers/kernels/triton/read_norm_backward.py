@@ -52,17 +52,13 @@ def read_norm_backward_kernel(
     BC: tl.constexpr,
     V: tl.constexpr,
     STAGES: tl.constexpr,
-    HOIST: tl.constexpr,
 ):
+    """du, its dot products with the streams, and a slab of the gain's gradient, for a span of tokens."""
     N: tl.constexpr = n * (n + 2)
     begin = tl.program_id(0) * SPAN
     end = tl.minimum(M, begin + SPAN)
     dweight = ()
-    gain = ()
-    for k in tl.static_range(TILES):
-        c = k * BC + tl.arange(0, BC)
-        if HOIST:
-            gain = gain + (tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :],)
+    for _ in tl.static_range(TILES):
         dweight = dweight + (tl.zeros((BT, BC), tl.float32),)
     for t in tl.range(begin, end, BT, num_stages=STAGES):
         tok = t + tl.arange(0, BT)
@@ -101,10 +97,7 @@ def read_norm_backward_kernel(
                 total += h[i][:, None] * x[i]
             stored = total.to(X.dtype.element_ty)
             u = stored.to(tl.float32)
-            if HOIST:
-                a = gv * gain[k]
-            else:
-                a = gv * tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :]
+            a = gv * tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :]
             sums = sums + (dweight[k] + gv * u * inverse[:, None],)
             rows_gv = rows_gv + (narrow,)
             rows_u = rows_u + (stored,)
@@ -127,10 +120,7 @@ def read_norm_backward_kernel(
             tl.store(DOTS + tok64 * n + i, inverse * (dot_a[i] - along * tl.sum(to_u[i], axis=1)), mask=live)
         for k in tl.static_range(TILES):
             c = k * BC + tl.arange(0, BC)
-            if HOIST:
-                a = rows_gv[k].to(tl.float32) * gain[k]
-            else:
-                a = rows_gv[k].to(tl.float32) * tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :]
+            a = rows_gv[k].to(tl.float32) * tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :]
             gu = inverse[:, None] * (a - along[:, None] * rows_u[k].to(tl.float32))
             mask = live[:, None] & (c < C)[None, :]
             tl.store(GU + tok64[:, None] * C + c[None, :], gu.to(GU.dtype.element_ty), mask=mask)
@@ -187,9 +177,6 @@ def read_norm_backward(
     *,
     copies: int = 1,
     config: NormConfig | None = None,
-    programs: int | None = None,
-    stages: int | None = None,
-    hoist: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u, of h_pre as read, and of the norm's gain.
 
@@ -215,8 +202,6 @@ def read_norm_backward(
         How many equal streams the only one of ``x (..., 1, C)`` stands for; their gradients of h_pre are equal.
     config : NormConfig, optional
         Replaces the table's launch shape.
-    programs, stages : int, optional
-        Programs for one multiprocessor and pipeline stages, in place of those of :func:`residency`.
 
     Returns
     -------
@@ -243,9 +228,6 @@ def read_norm_backward(
         x.dtype,
         x.device,
         config,
-        programs,
-        stages,
-        hoist,
     )
     slabs = torch.empty((num_slabs, dim), dtype=torch.float32, device=x.device)
     dweight = torch.empty((dim,), dtype=torch.float32, device=x.device)
@@ -266,14 +248,10 @@ def _launches(
     dtype: torch.dtype,
     device: torch.device,
     config: NormConfig | None,
-    programs: int | None,
-    stages: int | None,
-    hoist: bool,
 ) -> tuple[Launch, Launch, int]:
     if config is None:
         config = backward_config(num_streams, dim, dtype.itemsize)
-    resident = residency(config, num_streams, dtype.itemsize, capability(device))
-    programs, stages = programs or resident[0], stages or resident[1]
+    programs, stages = residency(config, num_streams, dtype.itemsize, capability(device))
     span = cdiv(cdiv(num_tokens, programs * num_sms(device)), config.block_tokens) * config.block_tokens
     num_slabs = cdiv(num_tokens, span)
     constants = {
@@ -287,7 +265,6 @@ def _launches(
         "BC": config.block_channels,
         "V": 16 // dtype.itemsize,
         "STAGES": stages,
-        "HOIST": hoist,
     }
     scalars = (num_tokens, span, 1.0 / dim, options.eps_pre)
     backward = Launch(read_norm_backward_kernel, (num_slabs,), scalars, constants, config.num_warps)
