@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhc_layers._fused_state import FusedState, SiteParams
-from mhc_layers._operators import apply, batched, register
+from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
 from mhc_layers.functional import without_autocast
 from mhc_layers.kernels.options import padded_rows, site_options
@@ -174,9 +174,7 @@ def boundary_backward(
         if coef is not None and dots is not None:
             before_dcoef[..., :n] = dots.view(*before_dcoef.shape[:-1], n)
         dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
-    if dnorm is None:
-        dnorm = proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
-    return dx, df, before_dcoef, dphi, dparams, dnorm
+    return dx, df, before_dcoef, dphi, dparams, optional_gradient(dnorm, norm, proj)
 
 
 def _fake_boundary_backward(
@@ -265,9 +263,8 @@ class Boundary(Function):
         gx, gu, dcoef, g, *_ = gradients
         if all(gradient is None for gradient in (gx, gu, dcoef, g)):
             return (None,) * 20
-        x, f, coef, proj, *saved, norm, inverse = (
-            ctx.saved_tensors
-        )  # asked for once: recomputation hooks hand each out once
+        # asked for once: the hooks of a recompute block hand each tensor out once
+        x, f, coef, proj, *saved, norm, inverse = ctx.saved_tensors
         params, (x_next, next_proj, rstd), next_params = SiteParams(*saved[:5]), saved[5:8], SiteParams(*saved[8:])
         if torch.is_grad_enabled():
             previous = None if coef is None else coef[..., : x.shape[-2]]
@@ -300,9 +297,7 @@ class Boundary(Function):
                 norm,
                 inverse,
             )
-            padded = dparams.shape[0] - 4
-            dbias = dparams[: next_params.bias.shape[0]]
-            dnext = [dphi, dbias, dparams[padded], dparams[padded + 1], dparams[padded + 2]]
+            dnext = list(SiteParams.of_gradients(dphi, dparams))
         return None, dx, df, before_dcoef, *(None,) * 7, *dnext, None, None, None if norm is None else dnorm, None
 
     @staticmethod

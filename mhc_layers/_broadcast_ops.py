@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhc_layers._fused_state import FusedState, SiteParams, token_rows
-from mhc_layers._operators import apply, batched, register
+from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
 from mhc_layers.functional import without_autocast
 from mhc_layers.kernels.cost import register_formulas
@@ -127,12 +127,7 @@ def broadcast_pre_backward(
         )
         de, slabs = leaf("broadcast_streams_backward", e)(e, g, gu, mix, dz, _summed(phi, n))
         dphi, dparams = leaf("reduce_slabs", e)(slabs, partials)
-    if previous is None:
-        dprevious = proj.new_empty((0,))
-    else:
-        dprevious = torch.zeros_like(previous, memory_format=torch.contiguous_format) if dots is None else dots
-    if dnorm is None:
-        dnorm = proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
+    dprevious, dnorm = optional_gradient(dots, previous, proj), optional_gradient(dnorm, norm, proj)
     return de, dphi.repeat(1, n), dparams, dprevious, dnorm
 
 
@@ -251,11 +246,8 @@ class BroadcastPre(Function):
         de, dphi, dparams, dprevious, dnorm = PRE_BACKWARD(
             e, *params, previous, proj, rstd, g, gu, dcoef, options, norm, inverse
         )
-        padded = dparams.shape[0] - 4
-        gates = (dparams[padded], dparams[padded + 1], dparams[padded + 2])
-        rows = dparams[: params.bias.shape[0]]
         dprevious, dnorm = None if previous is None else dprevious, None if norm is None else dnorm
-        return de, dphi, rows, *gates, dprevious, None, dnorm, None
+        return de, *SiteParams.of_gradients(dphi, dparams), dprevious, None, dnorm, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

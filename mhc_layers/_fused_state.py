@@ -33,6 +33,12 @@ class SiteParams(NamedTuple):
             return cls(own["phi"], own["bias"], own["alpha_pre"], own["alpha_post"], own["alpha_res"])  # type: ignore[arg-type]
         return cls(site.phi, site.bias, site.alpha_pre, site.alpha_post, site.alpha_res)
 
+    @classmethod
+    def of_gradients(cls, dphi: Tensor, dparams: Tensor) -> SiteParams:
+        """Part what a backward operator returns: ``dphi (N, K)``, ``dparams (PAD(N) + 4,)`` (dbias, then dalpha)."""
+        padded = dparams.shape[0] - 4
+        return cls(dphi, dparams[: dphi.shape[0]], dparams[padded], dparams[padded + 1], dparams[padded + 2])
+
 
 _FIELDS = frozenset(SiteParams._fields)
 
@@ -82,7 +88,9 @@ def fused_norm(site: HyperConnection, x: Tensor) -> tuple[Tensor | None, float]:
     gain over all channels that is distributed only if the streams are, and without hooks, which would not be called.
     """
     norm: Any = site.input_norm
-    if norm is None or type(norm) not in (nn.RMSNorm, RMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if norm is None or type(norm) not in (nn.RMSNorm, RMSNorm):
+        return None, 0.0
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
         return None, 0.0
     weight, eps = norm.weight, norm.eps
     if weight is None or weight.shape != x.shape[-1:] or weight.dtype == torch.float64:

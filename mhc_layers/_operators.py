@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
 
-__all__ = ["apply", "batched", "register"]
+__all__ = ["apply", "batched", "optional_gradient", "register"]
 
 _LIBRARY = torch.library.Library("mhc_layers", "FRAGMENT")
-
 
 #: Types of the arguments of a call that no tensor subclass takes part in.
 _PLAIN = frozenset((Tensor, Parameter, type(None), str, bool, float, int))
@@ -55,6 +54,16 @@ def apply(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def optional_gradient(found: Tensor | None, wanted: Tensor | None, like: Tensor) -> Tensor:
+    """What an operator returns as the gradient of an optional input: operators have no optional outputs.
+
+    Empty, in the dtype of ``like``, where the input is absent; zeros where no gradient reached it.
+    """
+    if wanted is None:
+        return like.new_empty((0,))
+    return torch.zeros_like(wanted, memory_format=torch.contiguous_format) if found is None else found
 
 
 def batched(

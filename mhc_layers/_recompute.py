@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mhc_layers._fused_state import FusedState, fused_norm, token_rows
 from mhc_layers._operators import register
+from mhc_layers._sharding import is_distributed
 from mhc_layers._torch_ops import FusedSite, first_stream
 from mhc_layers.functional import without_autocast
 from mhc_layers.kernels.cost import register_formulas
@@ -100,9 +101,7 @@ class StreamRebuilder:
     @staticmethod
     def serves(sites: Sequence[HyperConnection], x: Tensor) -> bool:
         """Whether every site of a block runs fused on these streams."""
-        fused = all(
-            isinstance(site.implementation, FusedSite) and not hasattr(site.phi, "placements") for site in sites
-        )
+        fused = all(isinstance(site.implementation, FusedSite) and not is_distributed(site.phi) for site in sites)
         return fused and x.dtype != torch.float64
 
     def see(self, state: Any) -> None:

@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 from mhc_layers._boundary_ops import boundary
 from mhc_layers._broadcast_ops import broadcast_post, broadcast_pre
 from mhc_layers._fused_state import FusedState, SiteParams, fused_norm, token_rows
-from mhc_layers._operators import apply, batched, register
+from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
 from mhc_layers._sharding import is_distributed, register_rules, replicated_like
 from mhc_layers._sites import FUNCTIONAL, SiteState
@@ -35,21 +35,7 @@ from mhc_layers.kernels.table import leaf
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
 
-__all__ = ["FusedSite", "first_stream", "fused_site", "split_coefficients"]
-
-
-def split_coefficients(coef: Tensor, num_streams: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of ``coef (..., N)``: h_pre and h_post ``(..., n)``, h_res ``(..., n, n)`` acting from the left.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from mhc_layers._torch_ops import split_coefficients
-    >>> [tuple(view.shape) for view in split_coefficients(torch.zeros(5, 24), 4)]
-    [(5, 4), (5, 4), (5, 4, 4)]
-    """
-    n = num_streams
-    return coef[..., :n], coef[..., n : 2 * n], coef[..., 2 * n :].unflatten(-1, (n, n))
+__all__ = ["FusedSite", "first_stream", "fused_site"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,13 +190,7 @@ def pre_backward(
             )
             dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x, g, gu, mix, dz, phi)
             dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
-    if previous is None:
-        dprevious = proj.new_empty((0,))
-    else:
-        dprevious = torch.zeros_like(previous, memory_format=torch.contiguous_format) if dots is None else dots
-    if dnorm is None:
-        dnorm = proj.new_empty((0,)) if norm is None else torch.zeros_like(norm)
-    return dx, dphi, dparams, dprevious, dnorm
+    return dx, dphi, dparams, optional_gradient(dots, previous, proj), optional_gradient(dnorm, norm, proj)
 
 
 def _fake_pre_backward(
@@ -295,19 +275,8 @@ class Pre(Function):
         dx, dphi, dparams, dprevious, dnorm = PRE_BACKWARD(
             x, *params, previous, proj, rstd, g, gu, dcoef, options, norm, inverse
         )
-        padded = dparams.shape[0] - 4
-        return (
-            dx,
-            dphi,
-            dparams[: params.bias.shape[0]],
-            dparams[padded],
-            dparams[padded + 1],
-            dparams[padded + 2],
-            None if previous is None else dprevious,
-            None,
-            None if norm is None else dnorm,
-            None,
-        )
+        dprevious, dnorm = None if previous is None else dprevious, None if norm is None else dnorm
+        return dx, *SiteParams.of_gradients(dphi, dparams), dprevious, None, dnorm, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

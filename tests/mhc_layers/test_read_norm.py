@@ -215,6 +215,15 @@ def test_hooks_of_a_norm_are_called() -> None:
     torch.testing.assert_close(hooked, 3.0 * site.pre(x)[0])
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_a_norm_are_called(register: str) -> None:
+    norm, called = nn.RMSNorm(8), []
+    getattr(norm, register)(lambda module, *gradients: called.append(module))
+    site = HyperConnection(8, 4, norm=norm, implementation=fused_site(PAPER))
+    site.pre(torch.randn(2, 4, 8))[0].sum().backward()
+    assert called == [norm]
+
+
 def test_a_norm_by_name_stays_in_the_sublayer() -> None:
     sublayer = nn.Sequential()
     sublayer.add_module("norm", nn.RMSNorm(8))
