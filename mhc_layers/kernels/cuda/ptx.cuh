@@ -53,7 +53,7 @@ DEVICE void load_transposed(u32* words, const void* row) {
 
 // d += a b on the tensor core: a is 16 x 16 (or 16 x 8), b is 16 x 8 (8 x 8), bf16 in, fp32 out.
 // Lane l = 4p + q holds a[p | p+8][2q, 2q+1 | 2q+8, 2q+9], b[2q, 2q+1 | 2q+8, 2q+9][p], d[p | p+8][2q, 2q+1].
-// FIRST: d = a b.
+// first: d = a b.
 DEVICE void mma16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, bool first = false) {
   const float c0 = first ? 0.f : d[0], c1 = first ? 0.f : d[1], c2 = first ? 0.f : d[2], c3 = first ? 0.f : d[3];
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"

@@ -217,12 +217,14 @@ def broadcast_write_forward(
     n, dim = streams_of(coef.shape[-1]), e.shape[-1]
     out = torch.empty((*e.shape[:-2], n, dim), dtype=e.dtype, device=e.device)
     if e.numel():
-        _write_launch(e.numel() // dim, n, dim, e.dtype, config)(e, f, coef, out)
+        _write_launch(e.numel() // dim, n, dim, e.dtype, e.device, config)(e, f, coef, out)
     return out
 
 
 @functools.lru_cache(maxsize=1024)
-def _write_launch(num_tokens: int, n: int, dim: int, dtype: torch.dtype, config: RowConfig | None) -> Launch:
+def _write_launch(
+    num_tokens: int, n: int, dim: int, dtype: torch.dtype, device: torch.device, config: RowConfig | None
+) -> Launch:
     if config is None:
         config = row_config(n, dim, dtype.itemsize, reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
@@ -245,14 +247,20 @@ def broadcast_write_backward(
     n, dim = g.shape[-2:]
     df, dcoef = torch.empty_like(f), torch.empty_like(proj)
     if e.numel():
-        start = _write_backward_launch(e.numel() // dim, n, dim, options.post_multiplier, e.dtype, config)
+        start = _write_backward_launch(e.numel() // dim, n, dim, options.post_multiplier, e.dtype, e.device, config)
         start(g, e, f, proj, alpha_post, bias, df, dcoef)
     return df, dcoef
 
 
 @functools.lru_cache(maxsize=1024)
 def _write_backward_launch(
-    num_tokens: int, n: int, dim: int, post_multiplier: float, dtype: torch.dtype, config: RowConfig | None
+    num_tokens: int,
+    n: int,
+    dim: int,
+    post_multiplier: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: RowConfig | None,
 ) -> Launch:
     if config is None:
         config = row_config(n, dim, dtype.itemsize, reducing=True)

@@ -203,7 +203,7 @@ def finish_backward(
     dcoef : Tensor
         Gradient of the coefficients, ``(..., N)`` fp32.
     dots : Tensor or None
-        ``[M, n]``, added to the gradient of h_pre.
+        ``(..., n)``, added to the gradient of h_pre.
     alphas : tuple of Tensor
         The gates of pre, post and res, 0-d fp32.
     bias : Tensor

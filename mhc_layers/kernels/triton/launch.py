@@ -32,6 +32,8 @@ _dtype = operator.attrgetter("dtype")
 class Launch:
     """A kernel with its grid, run-time scalars and constants; call it with the pointers.
 
+    It remembers how to start on one device: who keeps launches keeps one for each device.
+
     Parameters
     ----------
     kernel : JITFunction

@@ -44,7 +44,7 @@ def read_backward_kernel(
 
 
 def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None = None) -> torch.Tensor:
-    """Return ``dots [M, n]`` fp32 of ``gu [M, C]`` with the streams ``x [M, n, C]``."""
+    """Return ``dots (..., n)`` fp32 of ``gu (..., C)`` with the streams ``x (..., n, C)``, contiguous."""
     *lead, num_streams, dim = x.shape
     num_tokens = x.numel() // (num_streams * dim)
     dots = torch.empty((*lead, num_streams), dtype=torch.float32, device=x.device)

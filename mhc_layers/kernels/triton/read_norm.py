@@ -144,7 +144,7 @@ def read_norm_forward(
     inverse = torch.empty(lead, dtype=torch.float32, device=x.device)
     if num_tokens:
         stride = None if coef is None else coef.stride(-2)
-        start = _launch(num_tokens, num_streams, dim, stride, eps, x.dtype, config, copies)
+        start = _launch(num_tokens, num_streams, dim, stride, eps, x.dtype, x.device, config, copies)
         start(x, weight if coef is None else coef, weight, out, inverse)
     return out, inverse
 
@@ -157,6 +157,7 @@ def _launch(
     coef_stride: int | None,
     eps: float,
     dtype: torch.dtype,
+    device: torch.device,
     config: NormConfig | None,
     copies: int,
 ) -> Launch:

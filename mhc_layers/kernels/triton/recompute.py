@@ -86,6 +86,8 @@ def recompute_block(
         ``(..., N)`` fp32 of all sites but the last.
     reads : list of Tensor
         Coefficients that each site was read with, ``(..., >= n)``, of all sites.
+    config : RowConfig, optional
+        Replaces the table's launch shape.
 
     Returns
     -------

@@ -195,7 +195,7 @@ def streams_backward(
     *,
     config: StreamsBackwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``dx [M, n, C]`` and ``dphi_slabs [S, N, K]`` fp32; ``g`` or ``gu`` may be None (term absent)."""
+    """Return ``dx (..., n, C)`` and ``dphi_slabs [S, N, K]`` fp32; ``g`` or ``gu`` may be None (term absent)."""
     num_rows, k = phi.shape
     num_tokens, device = x.numel() // k, x.device
     dx = torch.empty_like(x)

@@ -46,7 +46,7 @@ def write_forward_kernel(X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, B
 def write_forward(
     x: torch.Tensor, f: torch.Tensor, coef: torch.Tensor, *, config: RowConfig | None = None
 ) -> torch.Tensor:
-    """Return the next streams ``[M, n, C]`` of ``x [M, n, C]``, ``f [M, C]`` and ``coef [M, N]`` fp32."""
+    """Return the next streams ``(..., n, C)`` of ``x (..., n, C)``, ``f (..., C)`` and ``coef (..., N)`` fp32."""
     num_streams, dim = x.shape[-2:]
     num_tokens = x.numel() // (num_streams * dim)
     out = torch.empty_like(x)

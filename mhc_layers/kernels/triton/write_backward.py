@@ -95,7 +95,7 @@ def write_backward(
     *,
     config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``df [M, C]`` and ``dcoef [M, N]`` fp32 (its h_pre columns are 0)."""
+    """Return ``df (..., C)`` and ``dcoef (..., N)`` fp32 (its h_pre columns are 0) of ``g (..., n, C)``."""
     num_streams, dim = x.shape[-2:]
     num_tokens = x.numel() // (num_streams * dim)
     df = torch.empty_like(f)
