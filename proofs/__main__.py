@@ -171,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     report.print_table(console, outcomes, detail=options.detail)
     report.print_failures(console, outcomes)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    unsaid = ("json", "junit", "commit", "replay", "detail", "list")
+    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
     spent = sum(os.times()[:4])  # of this process and of those that it started and waited for
     settings |= {
         "wall_seconds": round(time.perf_counter() - started, 1),

@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("page", type=Path, help="the Markdown file to write")
     parser.add_argument("--profile", choices=tuple(runner.PROFILES), default="quick")
     parser.add_argument("--add", type=Path, nargs="*", default=[], metavar="JSON", help="reports made elsewhere")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="keep each report there, for --add")
     options = parser.parse_args(arguments)
     results: dict[str, list[dict[str, Any]]] = {}
     versions: dict[str, str] = {}
@@ -128,6 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{peer.function}: left out, {reason}")
             continue
         results[peer.function] = run_peer(peer, runner.PROFILES[options.profile])
+        if options.json:
+            facts = report.about({"projection": f"proofs.adapters:{peer.function}", "profile": options.profile})
+            document = {**facts, "outcomes": results[peer.function]}
+            (options.json / f"{peer.function}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         versions[peer.function] = _version(peer.package)
         print(f"{peer.function}: {sum(r['verdict'] == 'broken' for r in results[peer.function])} claims broken")
     options.page.write_text(_page(results, versions, options.profile), encoding="utf-8")
