@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,10 @@ from mhc_layers.initialization import Init, get_init
 from mhc_layers.precision import KeepsFloat32
 from mhc_layers.residual_maps import get_res_map
 
-__all__ = ["CapturedCoefficients", "HyperConnection", "SiteRecord", "capture_coefficients"]
+if TYPE_CHECKING:
+    from mhc_layers.capture import CapturedCoefficients
+
+__all__ = ["HyperConnection"]
 
 
 class HyperConnection(KeepsFloat32):
@@ -64,7 +66,12 @@ class HyperConnection(KeepsFloat32):
     Attributes
     ----------
     phi, bias, alpha_pre, alpha_post, alpha_res : Parameter or None
-        ``phi ((n + 2) n, n C)`` with rows pre, post, res; None for the static kinds. See each kind for other shapes.
+        ``phi ((n + 2) n, n C)`` with rows pre, post, res, ``bias ((n + 2) n)``, 0-d gates. "identity" has no rows res,
+        dynamic Hyper-Connections have ``phi (n + 2, C)``, static kinds no ``phi`` and gates, "residual" has nothing.
+    sublayer : callable or None
+        As given.
+    norm : Module or None
+        The norm, if it was given as a module; :attr:`input_norm` is the norm wherever it lives.
 
     Raises
     ------
@@ -228,10 +235,19 @@ class HyperConnection(KeepsFloat32):
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits before any map: those of both gates ``(..., 2 n)`` and the residual ones ``(..., k)``.
 
-        For "mhc" and "identity" they depend on the streams; the static kinds return their biases, expanded.
+        For "mhc" and "identity" (k = 0) they depend on the streams ``x (..., n, C)``; "mhc_static" returns its biases,
+        expanded.
+
+        Raises
+        ------
+        ValueError
+            For the other kinds, whose maps are free.
         """
         if self.connection not in ("mhc", "mhc_static", "identity"):
-            raise ValueError(f"A site of kind {self.connection!r} has no logits; its maps are free.")
+            raise ValueError(
+                f"A site of kind {self.connection!r} has no logits; its maps are free. Accepted: 'mhc', 'mhc_static', "
+                "'identity'; coefficients(x) gives the maps of every kind."
+            )
         if self.phi is None:
             gate, residual = self.bias.clone().tensor_split([2 * self.num_streams])
             return gate.expand(*x.shape[:-2], -1), residual.expand(*x.shape[:-2], -1)
@@ -296,11 +312,43 @@ class HyperConnection(KeepsFloat32):
             raise TypeError(f"Streams must have a floating dtype, got {x.dtype}.")
 
     def pre(self, x: Tensor, previous: Tensor | None = None, *, broadcast: bool = False) -> tuple[Tensor, SiteState]:
-        """Read: the sublayer's input ``(..., C)``, after :attr:`input_norm`, and the state that :meth:`post` needs.
+        """Read the sublayer's input from the streams.
 
-        ``previous`` is the ``h_pre`` of the site before, needed where ``convention.read_delay`` is 1; None there means
-        that this is the first site. With ``broadcast``, ``x (..., 1, C)`` stands for n equal streams, as they are after
-        the embedding: the fused kernels read it once instead of n times, and :meth:`post` takes it as it is.
+        Parameters
+        ----------
+        x : Tensor
+            Streams ``(..., n, C)``.
+        previous : Tensor, optional
+            ``h_pre (..., n)`` of the site before, where ``convention.read_delay`` is 1; without it this is the first
+            site, which reads stream 0.
+        broadcast : bool
+            ``x (..., 1, C)`` stands for n equal streams, as they are after the embedding. The fused kernels read it
+            once instead of n times, and :meth:`post` takes it as it is.
+
+        Returns
+        -------
+        u : Tensor
+            ``(..., C)``, after :attr:`input_norm`, in the dtype of the streams.
+        state : SiteState
+            For :meth:`post` or :meth:`boundary`.
+
+        Raises
+        ------
+        ValueError
+            If ``x`` does not end in ``(n, C)``, or in ``(1, C)`` with ``broadcast``.
+        TypeError
+            If ``x`` is not floating.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mhc_layers import HyperConnection
+        >>> first, second = HyperConnection(8, 4), HyperConnection(8, 4, index=1)
+        >>> e = torch.randn(2, 1, 8)
+        >>> u, state = first.pre(e, broadcast=True)
+        >>> x, u, state = first.boundary(e, torch.tanh(u), state, second)
+        >>> second.post(x, torch.tanh(u), state).shape
+        torch.Size([2, 4, 8])
         """
         if broadcast:
             self._check(x, 1)
@@ -319,14 +367,38 @@ class HyperConnection(KeepsFloat32):
         return functional.expand_streams(x.squeeze(-2), self.num_streams)
 
     def post(self, x: Tensor, f: Tensor, state: SiteState) -> Tensor:
-        """Write: the next streams from those that entered, the sublayer's output and the state."""
+        """Write the sublayer's output to the streams.
+
+        Parameters
+        ----------
+        x : Tensor
+            What :meth:`pre` or :meth:`boundary` read.
+        f : Tensor
+            The sublayer's output ``(..., C)``; converted to the dtype of the streams.
+        state : SiteState
+            From the same read.
+
+        Returns
+        -------
+        Tensor
+            The next streams ``(..., n, C)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``f`` is not a floating tensor with the shape of the sublayer's input.
+        """
         self._check_output(f, x)
         return self._implementation.post(self._whole(x), f, state)
 
     def boundary(
         self, x: Tensor, f: Tensor, state: SiteState, next_site: HyperConnection
     ) -> tuple[Tensor, Tensor, SiteState]:
-        """:meth:`post` of this site and :meth:`pre` of the next one, fused where both run the same row."""
+        """:meth:`post` of this site, then :meth:`pre` of ``next_site``; fused where both run the same row.
+
+        Takes what :meth:`post` takes and raises what it raises; returns the next streams ``(..., n, C)``, and what
+        :meth:`pre` of the next site returns.
+        """
         self._check_output(f, x)
         x = self._whole(x)
         if next_site._implementation is self._implementation:
@@ -471,103 +543,3 @@ _MAPS: dict[str, Callable[[HyperConnection, Tensor], Maps]] = {
     "hc_static": _static_hc_maps,
     "residual": _residual_maps,
 }
-
-
-class SiteRecord(NamedTuple):
-    """Coefficients of one site in one forward pass, detached; unpacks as ``h_pre, h_post, h_res``."""
-
-    h_pre: Tensor
-    h_post: Tensor
-    h_res: Tensor
-
-
-class CapturedCoefficients(Sequence[SiteRecord]):
-    """The records of a model's sites in depth order; empty until a forward pass has run.
-
-    A later forward pass, or the recomputation in a checkpointed backward pass, replaces the records.
-    """
-
-    def __init__(self, sites: Sequence[HyperConnection]) -> None:
-        self._sites = list(sites)
-        self._records: dict[int, tuple[SiteRecord, Tensor]] = {}
-        self.final_streams: Tensor | None = None
-
-    def keep(self, site: HyperConnection, x: Tensor, state: SiteState) -> None:
-        """Record a site's coefficients and the streams that entered it, detached and not copied."""
-        x = x.detach()
-        if state.h_pre is None or state.h_post is None or state.h_res is None:
-            with torch.no_grad():
-                record = SiteRecord(*site.coefficients(x))
-        else:
-            record = SiteRecord(state.h_pre.detach(), state.h_post.detach(), state.h_res.detach())
-        self._records[id(site)] = (record, x)
-
-    @property
-    def streams(self) -> list[Tensor]:
-        """The streams ``(..., n, C)`` that entered each recorded site, in depth order."""
-        return [self._records[id(site)][1] for site in self._sites if id(site) in self._records]
-
-    @property
-    def sites(self) -> list[HyperConnection]:
-        """The recorded sites, in depth order."""
-        return [site for site in self._sites if id(site) in self._records]
-
-    @overload
-    def __getitem__(self, index: int) -> SiteRecord: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[SiteRecord]: ...
-
-    def __getitem__(self, index: int | slice) -> SiteRecord | list[SiteRecord]:
-        return [self._records[id(site)][0] for site in self.sites][index]
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-
-@contextmanager
-def capture_coefficients(model: nn.Module) -> Iterator[CapturedCoefficients]:
-    """Record every site's coefficients during the forward passes inside the context.
-
-    Parameters
-    ----------
-    model : Module
-        A model with :class:`HyperConnection` modules; ``model.sites`` gives their order in depth if it exists,
-        otherwise their order of registration does.
-
-    Yields
-    ------
-    CapturedCoefficients
-        A sequence of ``(h_pre, h_post, h_res)``, one for each site, detached and on the model's device. Its
-        ``streams`` are what entered each site and its ``final_streams`` what a Transformer's readout collapsed.
-        Recording copies nothing and does not wait for the device, but it keeps the recorded streams alive.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from mhc_layers import HyperConnection, capture_coefficients
-    >>> site = HyperConnection(dim=8, num_streams=4, sublayer=torch.nn.Identity())
-    >>> with capture_coefficients(site) as captured:
-    ...     _ = site(torch.randn(3, 4, 8))
-    >>> [tuple(t.shape) for t in captured[0]]
-    [(3, 4), (3, 4), (3, 4, 4)]
-    """
-    sites = getattr(model, "sites", None)
-    if sites is None:
-        sites = [module for module in model.modules() if isinstance(module, HyperConnection)]
-    captured = CapturedCoefficients(list(sites))
-    readout = getattr(model, "readout_streams", None)
-
-    def keep_final(module: nn.Module, args: tuple[Any, ...]) -> None:
-        captured.final_streams = args[0].detach()
-
-    handle = None if readout is None else readout.register_forward_pre_hook(keep_final)
-    for site in captured._sites:
-        site._capture = captured
-    try:
-        yield captured
-    finally:
-        for site in captured._sites:
-            site._capture = None
-        if handle is not None:
-            handle.remove()

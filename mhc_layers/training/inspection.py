@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import birkhoff
-from mhc_layers.hyper_connection import capture_coefficients
+from mhc_layers.capture import capture_coefficients
 from mhc_layers.models.transformer import Transformer
 from mhc_layers.parallel.engine import Precision
 from mhc_layers.training.checkpoint import Checkpoint, load_checkpoint, load_parameters

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import birkhoff
 from mhc_layers import functional
-from mhc_layers.hyper_connection import CapturedCoefficients, capture_coefficients
+from mhc_layers.capture import CapturedCoefficients, capture_coefficients
 from mhc_layers.models.transformer import Transformer
 from mhc_layers.training.config import MonitorConfig
 
