@@ -284,10 +284,10 @@ def restore_shards(
     Raises
     ------
     CheckpointError
-        If a file is damaged, or the checkpoint is of another model.
+        If a file is missing or damaged, or the checkpoint is of another model.
     """
     folder = (checkpoint.path or Path()) / _SHARDS
-    _check_shards(folder, checkpoint.shards or {}, hash_shards(folder))
+    _verify_shards(folder, checkpoint.shards or {}, together=True)
     if not in_place:
         return _split_groups(read_shards(folder))
     shapes = stored_shapes(folder)
@@ -385,8 +385,14 @@ def _write_files(
     _flush(part / _STATE)
 
 
-def _check_shards(folder: Path, expected: dict[str, str], found: dict[str, str]) -> None:
-    """Refuse shards that are not the ones that were written."""
+def _verify_shards(folder: Path, expected: dict[str, str], *, together: bool) -> None:
+    """Refuse shards that are not the ones that were written; all processes share the hashing, or one does it all."""
+    try:
+        found = hash_shards(folder, together=together)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {folder.parent} is damaged: {_SHARDS} cannot be read ({error})"
+        ) from error
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
@@ -433,7 +439,8 @@ def _read(path: Path, read_sharded: bool) -> Checkpoint:
     if shards is not None:
         other = tensors["random.safetensors"]
         if read_sharded:
-            model, optimizer = _read_all_shards(path / _SHARDS, shards)
+            _verify_shards(path / _SHARDS, shards, together=False)
+            model, optimizer = _split_groups(read_shards(path / _SHARDS))
     return Checkpoint(
         step=state["step"],
         config=state["config"],
@@ -445,17 +452,6 @@ def _read(path: Path, read_sharded: bool) -> Checkpoint:
         path=path,
         shards=None if read_sharded else shards,
     )
-
-
-def _read_all_shards(folder: Path, expected: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Verify and read shards as whole tensors, without other processes."""
-    try:
-        _check_shards(folder, expected, hash_shards(folder, together=False))
-        return _split_groups(read_shards(folder))
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {folder.parent} is damaged: {_SHARDS} cannot be read ({error})"
-        ) from error
 
 
 def _sha256(path: Path) -> str:

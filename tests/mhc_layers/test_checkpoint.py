@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,9 @@ def test_sharded_round_trip_is_exact_and_damage_is_found(tmp_path):
     with pytest.raises(CheckpointError, match=r"hash of shards/__0_0.distcp.*step_00000002 is intact"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="hash of shards"):
+        restore_shards(lazy, parameters, in_place=True)
+    shutil.rmtree(path / "shards")
+    with pytest.raises(CheckpointError, match="shards cannot be read"):
         restore_shards(lazy, parameters, in_place=True)
     save_sharded_checkpoint(tmp_path, saved, World(), keep=1)  # written anew over the damaged one
     assert [item.name for item in list_checkpoints(tmp_path)] == ["step_00000003"]
