@@ -87,9 +87,19 @@ def solver_of(convention: Convention) -> Any:
 
 
 def project_residual(logits: Tensor, convention: Convention = PAPER) -> Tensor:
-    """Project stored residual logits ``(..., n, n)`` onto the convention's operator ``h_res``.
+    """Project stored residual logits ``(..., n, n)`` onto the convention's operator ``h_res`` (Eq. 9 and 19).
 
-    The result acts from the left, output stream first; a transposed convention is transposed here, as a view.
+    The result, of the same shape and dtype, acts from the left, output stream first; a transposed convention is
+    transposed here, as a view.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mhc_layers import DEEPSEEK_V4
+    >>> from mhc_layers.functional import project_residual
+    >>> project_residual(torch.zeros(2, 2), DEEPSEEK_V4)
+    tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]])
     """
     stored = solve(logits, solver_of(convention))
     return stored.mT if convention.transposed else stored
@@ -194,7 +204,15 @@ def hc_coefficients(x: Tensor, params: SiteParameters, convention: Convention = 
 def read(x: Tensor, h_pre: Tensor) -> Tensor:
     """Return the sublayer's input ``u = sum_i h_pre[i] x[i]``, ``(..., C)`` in the dtype of ``x``.
 
-    The sum is taken in the dtype of ``h_pre`` and rounded once.
+    Streams are ``x (..., n, C)``, weights ``h_pre (..., n)``. The sum is taken in float32, or in float64 if one of them
+    has it, and rounded once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mhc_layers.functional import read
+    >>> read(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 0.5]))
+    tensor([2.5000, 4.0000])
     """
     return _streams.read(x, h_pre.to(compute_dtype(x.dtype, h_pre.dtype)))[0]
 
@@ -213,13 +231,21 @@ def write(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor, *, apply_d
     h_post : Tensor
         ``(..., n)``.
     apply_dtype : {"float32", "activation"}
-        "float32": everything in the dtype of the coefficients, one rounding at the end. "activation": coefficients
+        "float32": everything in float32 (or float64, if an input has it), one rounding. "activation": coefficients
         and each product rounded to the dtype of ``x``.
 
     Returns
     -------
     Tensor
         ``(..., n, C)`` in the dtype of ``x``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mhc_layers.functional import write
+    >>> write(torch.ones(2, 3), torch.full((3,), 5.0), torch.eye(2), torch.tensor([1.0, 0.0]))
+    tensor([[6., 6., 6.],
+            [1., 1., 1.]])
     """
     if apply_dtype == "float32":
         dtype = compute_dtype(x.dtype, h_post.dtype)
@@ -230,7 +256,24 @@ def write(x: Tensor, f: Tensor, h_res: Tensor | None, h_post: Tensor, *, apply_d
 
 
 def expand_streams(e: Tensor, num_streams: int) -> Tensor:
-    """Copy ``(..., C)`` to ``num_streams`` equal streams ``(..., n, C)``.
+    """Copy ``(..., C)`` to equal streams ``(..., n, C)``.
+
+    Parameters
+    ----------
+    e : Tensor
+        ``(..., C)``, an embedding.
+    num_streams : int
+        Number of streams n, at least 1.
+
+    Returns
+    -------
+    Tensor
+        ``(..., n, C)`` in the dtype of ``e``, a copy.
+
+    Raises
+    ------
+    ValueError
+        If ``num_streams`` is smaller than 1.
 
     Examples
     --------
@@ -255,6 +298,16 @@ def collapse_streams(x: Tensor, weights: Tensor | None = None, *, reduce: str = 
         ``(n,)`` or ``(..., n)``: the weighted sum of the streams. Without it, ``reduce`` decides.
     reduce : {"mean", "sum"}
         Used without ``weights``.
+
+    Returns
+    -------
+    Tensor
+        ``(..., C)`` in the dtype of ``x``.
+
+    Raises
+    ------
+    ValueError
+        If ``reduce`` is another word.
 
     Examples
     --------

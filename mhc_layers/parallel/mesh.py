@@ -42,13 +42,14 @@ class ParallelConfig:
     micro_batches : int
         Micro-batches of a pipelined step; 0 means twice the number of stages.
     recompute : {"none", "auto"} or int
-        Layers of a recompute block: the layer's intermediates are dropped and rebuilt in the backward pass, F is not
-        run again. ``auto`` takes the argmin of the memory formula.
+        Sites of a recompute block: the connections' intermediates are dropped and rebuilt in the backward pass, the
+        sublayers are not run again. ``auto`` takes the argmin of the memory formula.
 
     Raises
     ------
     ValueError
-        If an axis is smaller than 1 (0 for ``replicate``).
+        If an axis or a block is smaller than 1 (0 for ``replicate`` and ``micro_batches``), or ``recompute`` is another
+        word.
     """
 
     replicate: int = 0
@@ -69,7 +70,7 @@ class ParallelConfig:
             if self.recompute not in ("none", "auto"):
                 raise ValueError(f"parallel.recompute is {self.recompute!r}; accepted are 'none', 'auto' and a number")
         elif self.recompute < 1:
-            raise ValueError(f"parallel.recompute is {self.recompute}; a block has 1 layer or more")
+            raise ValueError(f"parallel.recompute is {self.recompute}; a block has 1 site or more")
 
     def sizes(self, world_size: int) -> dict[str, int]:
         """Return the size of each axis for a number of processes.
