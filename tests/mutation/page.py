@@ -23,12 +23,12 @@ This page is written by `python -m tests.mutation.page`; do not edit it. {date}.
 
 `python -m tests.mutation` changes one operator, constant, axis, comparison or condition of the core at a time. It tries
 each mutant in a process of its own on the claims of `proofs` and on the module's tests, those first that have rejected
-most. A mutant that all of them accept has survived. All mutants were tried. Survivors were read one by one: a missing
+most. A mutant that all of them accept has survived. {tried} Survivors were read one by one: a missing
 test was written (most are in `tests/mutation/test_survivors.py`), or the change alters nothing that is claimed, and
 the argument is listed below and in `tests/mutation/equivalent.py`. "Other" means a crash outside a test, or a test
 that took more than twenty times (and five seconds) longer than it should.
 
-| module | mutants | rejected | by a claim | by a test | other | argued equivalent | left | of all | of the rest |
+| module | tried | rejected | by a claim | by a test | other | argued equivalent | left | of all | of the rest |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -46,17 +46,19 @@ the closed form of n = 2, the bits of a rebuilt block, epsilons of a site.
 """
 
 Judged = tuple[str, Mutant, str]
-"""Module, mutant, and what became of it: ``"claim"``, ``"test"``, ``"other"``, ``"argued"`` or ``"left"``."""
+"""Module, mutant, and what became of it: ``"claim"``, ``"test"``, ``"other"``, ``"argued"``, ``"left"``, ``"untried"``."""
 
 
 def _judge(module: str, mutant: Mutant, verdict: str) -> str:
+    if verdict == "untried":
+        return "untried"
     if verdict == "survived":
         return "left" if reason(module, mutant.where, mutant.before, mutant.after) is None else "argued"
     return next((kind for kind in ("claim", "test") if verdict.startswith(kind)), "other")
 
 
 def _row(name: str, counts: collections.Counter[str]) -> str:
-    total, rejected = sum(counts.values()), counts["claim"] + counts["test"] + counts["other"]
+    total, rejected = sum(counts.values()) - counts["untried"], counts["claim"] + counts["test"] + counts["other"]
     rest = total - counts["argued"]
     return (
         f"| {name} | {total} | {rejected} | {counts['claim']} | {counts['test']} | {counts['other']} | "
@@ -66,7 +68,9 @@ def _row(name: str, counts: collections.Counter[str]) -> str:
 
 def render(judged: Sequence[Judged]) -> str:
     """Return the page."""
-    lines = [_HEAD.format(date=datetime.date.today().isoformat()).rstrip()]
+    untried = sum(kind == "untried" for *_, kind in judged)
+    tried = "All mutants were tried." if not untried else f"{untried} of {len(judged)} have not been tried yet."
+    lines = [_HEAD.format(date=datetime.date.today().isoformat(), tried=tried).rstrip()]
     for target in TARGETS:
         counts = collections.Counter(kind for module, _, kind in judged if module == target.module)
         lines.append(_row(f"`{target.module}`", counts))
@@ -113,10 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     judged: list[Judged] = []
     for target in TARGETS:
         for mutant in mutants(target.path.read_text(encoding="utf-8")):
-            verdict = verdicts.get((target.module, mutant.identity))
-            if verdict is None:
-                print(f"{target.module}:{mutant.line} has not been tried: {mutant.before} to {mutant.after}")
-                return 1
+            verdict = verdicts.get((target.module, mutant.identity), "untried")
             judged.append((target.module, mutant, _judge(target.module, mutant, verdict)))
     text = render(judged) + ("" if options.kernels is None else "\n" + render_kernels(options.kernels))
     options.page.write_text(text, encoding="utf-8")
