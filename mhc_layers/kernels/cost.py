@@ -124,6 +124,16 @@ def bytes_moved(
         Whether the read ends with the sublayer's norm: B1 then also writes the gradient of what was read, and the
         single pass reads and writes that once more.
 
+    Returns
+    -------
+    int
+        Bytes of one call, coefficients and ``phi`` included.
+
+    Raises
+    ------
+    ValueError
+        If there is no such step.
+
     Examples
     --------
     With E the bytes of one stream, n = 4 moves 9E for the read, 9E for the write, 10E and 18E for the backward:
@@ -142,7 +152,7 @@ def bytes_moved(
     stream = num_tokens * dim * item_size
     row = 4 * num_tokens * rows
     phi = 4 * rows * n * dim
-    passes, rows_moved, phis = {
+    steps = {
         "pre_forward": (2 * n + 1, 5, 1),
         "post_forward": (2 * n + 1, 1, 0),
         "post_backward": (2 * n + 2, 2, 0),
@@ -154,7 +164,10 @@ def bytes_moved(
         "broadcast_post_forward": (n + 2, 1, 0),
         "broadcast_post_backward": (n + 3, 2, 0),
         "broadcast_pre_backward": (n + 5, 5, 2),
-    }[step]
+    }
+    if step not in steps:
+        raise ValueError(f"step is {step!r}; accepted: {', '.join(map(repr, steps))}.")
+    passes, rows_moved, phis = steps[step]
     if norm:
         passes += 2 if step == "boundary_read_forward" else step.endswith(("pre_backward", "boundary_backward"))
     return passes * stream + rows_moved * row + phis * phi

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhc_layers import PAPER, HyperConnection, _boundary_ops, _torch_ops
+from mhc_layers import PAPER, HyperConnection, _boundary_ops, _broadcast_ops, _torch_ops
 from mhc_layers._recompute import RECOMPUTE_BLOCK
 from mhc_layers._torch_ops import fused_site
 from mhc_layers.kernels.cost import bytes_moved
@@ -79,9 +79,9 @@ def stream_values(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> in
         if target is None:
             return None
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             nonlocal total
-            results = target(*arguments)
+            results = target(*arguments, **options)
             given = [*arguments, *(results if isinstance(results, tuple) else (results,))]
             total += sum(value.numel() for value in given if isinstance(value, Tensor) and value.dtype == x.dtype)
             return results
@@ -89,23 +89,31 @@ def stream_values(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> in
         return call
 
     with monkeypatch.context() as patch:
-        for module in (_torch_ops, _boundary_ops):
+        for module in (_torch_ops, _boundary_ops, _broadcast_ops):
             patch.setattr(module, "leaf", counting)
         run()
     return total
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["read", "norm"])
+@pytest.mark.parametrize("kind", ["", "broadcast_"], ids=["streams", "embedding"])
 @pytest.mark.parametrize(("n", "c", "m"), SHAPES)
-def test_bytes_are_those_of_the_tensors(n: int, c: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = HyperConnection(c, n, convention=PAPER, implementation=fused_site(PAPER))
-    x = torch.randn(m, n, c).bfloat16().requires_grad_()
+def test_bytes_are_those_of_the_tensors(
+    n: int, c: int, m: int, kind: str, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = HyperConnection(
+        c, n, convention=PAPER, implementation=fused_site(PAPER), norm=torch.nn.RMSNorm(c) if norm else None
+    )
+    x = torch.randn(m, 1 if kind else n, c).bfloat16().requires_grad_()
     f = torch.randn(m, c).bfloat16().requires_grad_()
 
     def moved(step: str) -> int:
-        return bytes_moved(step, m, n, c) - bytes_moved(step, m, n, c, item_size=0)
+        item_sizes = (2, 0)
+        total, coefficients = (bytes_moved(kind + step, m, n, c, item_size=size, norm=norm) for size in item_sizes)
+        return total - coefficients
 
     def forward() -> tuple[Tensor, Tensor]:
-        u, state = site.pre(x)
+        u, state = site.pre(x, broadcast=bool(kind))
         return u, site.post(x, f, state)
 
     assert 2 * stream_values(forward, monkeypatch) == moved("pre_forward") + moved("post_forward")
@@ -114,6 +122,11 @@ def test_bytes_are_those_of_the_tensors(n: int, c: int, m: int, monkeypatch: pyt
         lambda: torch.autograd.grad(outputs, [x, f], [torch.ones_like(output) for output in outputs]), monkeypatch
     )
     assert counted == moved("post_backward") + moved("pre_backward")
+
+
+def test_an_unknown_step_is_named() -> None:
+    with pytest.raises(ValueError, match=r"step is 'read'; accepted: 'pre_forward'"):
+        bytes_moved("read", 1, 4, 8)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
