@@ -18,7 +18,7 @@ from torch.autograd import Function
 from mhc_layers._fused_state import FusedState, SiteParams, token_rows
 from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
-from mhc_layers.functional import without_autocast
+from mhc_layers._streams import without_autocast
 from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.options import padded_rows, site_options, streams_of
 from mhc_layers.kernels.table import leaf

@@ -16,8 +16,8 @@ from torch import Tensor
 from mhc_layers._fused_state import FusedState, fused_norm, token_rows
 from mhc_layers._operators import register
 from mhc_layers._sharding import is_distributed
+from mhc_layers._streams import without_autocast
 from mhc_layers._torch_ops import FusedSite, first_stream
-from mhc_layers.functional import without_autocast
 from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.table import leaf
 

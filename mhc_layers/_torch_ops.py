@@ -25,8 +25,9 @@ from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite, pre_composite
 from mhc_layers._sharding import is_distributed, register_rules, replicated_like
 from mhc_layers._sites import FUNCTIONAL, SiteState
+from mhc_layers._streams import without_autocast
 from mhc_layers.conventions import Convention
-from mhc_layers.functional import expand_streams, without_autocast
+from mhc_layers.functional import expand_streams
 from mhc_layers.kernels import plain
 from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.options import options_key, padded_rows, site_options

@@ -21,9 +21,10 @@ from mhc_layers.models.transformer import Transformer
 from mhc_layers.parallel.mesh import World
 from mhc_layers.parallel.tensor_parallel import TensorParallel
 
-__all__ = ["Engine", "Precision", "WholeModelEngine", "micro_batches"]
+__all__ = ["Engine", "Precision", "Watch", "WholeModelEngine", "micro_batches", "parameter_name"]
 
 Watch = Callable[[], contextlib.AbstractContextManager[None]]
+"""Returns the context of the forward pass that is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ __all__ = [
     "Monitor",
     "certify_composite",
     "composites",
+    "fetch",
     "measure",
     "stream_statistics",
 ]
@@ -201,6 +202,23 @@ def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:
         What :func:`mhc_layers.capture_coefficients` gave, after a forward pass.
     tokens : int
         Tokens to keep, spread evenly over the batch; all of them if there are fewer.
+
+    Returns
+    -------
+    Coefficients
+        In float64, for :func:`measure`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mhc_layers import HyperConnection, capture_coefficients
+    >>> from mhc_layers.training.monitor import fetch, measure
+    >>> site = HyperConnection(dim=8, num_streams=4, sublayer=torch.nn.Identity())
+    >>> with capture_coefficients(site) as captured:
+    ...     _ = site(torch.randn(5, 4, 8))
+    >>> measurement = measure(fetch(captured, tokens=3))
+    >>> bool(measurement.sites["row_error"][0] < 1e-6), measurement.certificate.tokens
+    (True, 3)
     """
     return _to_host(_collect(captured, tokens))
 

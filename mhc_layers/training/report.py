@@ -21,7 +21,17 @@ from mhc_layers.training.checkpoint import write_atomically
 from mhc_layers.training.inspection import Inspection, inspect_model
 from mhc_layers.training.loop import Trainer
 
-__all__ = ["Report", "make_report", "read_report", "sample_text", "show_report", "write_report"]
+__all__ = [
+    "Report",
+    "inspection_table",
+    "make_report",
+    "read_report",
+    "rounded_down",
+    "rounded_up",
+    "sample_text",
+    "show_report",
+    "write_report",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

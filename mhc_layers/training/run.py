@@ -25,7 +25,7 @@ from mhc_layers.training.loop import StopRequest, Trainer, choose_device
 from mhc_layers.training.progress import ProgressView
 from mhc_layers.training.report import Report, make_report, show_report, write_report
 
-__all__ = ["RunResult", "check_resumable", "latest_run", "new_folder", "resumed_config", "run"]
+__all__ = ["RunResult", "check_resumable", "latest_run", "load_for_resume", "new_folder", "resumed_config", "run"]
 
 _MAY_CHANGE = (
     "device",

@@ -29,7 +29,7 @@ from mhc_layers.kernels.triton.configs import (
 )
 from mhc_layers.kernels.triton.launch import Launch
 
-__all__ = ["finish", "project"]
+__all__ = ["finish", "finish_launch", "project", "project_launch"]
 
 
 @triton.jit(do_not_specialize=["M", "STEPS"])
@@ -338,6 +338,7 @@ def finish_launch(
     device: torch.device,
     config: FinishConfig | None,
 ) -> Launch:
+    """The launch of the finish, for one device."""
     num_streams = streams_of(num_rows)
     if config is None:
         config = finish_config(num_streams)

@@ -22,7 +22,7 @@ from mhc_layers.kernels.triton.configs import (
 )
 from mhc_layers.kernels.triton.launch import Launch
 
-__all__ = ["finish_backward"]
+__all__ = ["finish_backward", "finish_backward_launch"]
 
 
 @triton.jit

@@ -12,7 +12,23 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ProjectConfig", "RowConfig", "StreamsBackwardConfig", "is_interpreting", "next_power_of_2", "num_sms"]
+__all__ = [
+    "FinishConfig",
+    "ProjectConfig",
+    "RowConfig",
+    "StreamsBackwardConfig",
+    "capability",
+    "cdiv",
+    "finish_config",
+    "is_interpreting",
+    "lane_values",
+    "next_power_of_2",
+    "num_sms",
+    "project_config",
+    "row_config",
+    "streams_backward_config",
+    "token_splits",
+]
 
 # Triton reads the variable when a kernel is decorated; the launchers ask once, in the same way.
 _INTERPRETING: bool | None = None

@@ -11,7 +11,7 @@ import triton.language as tl
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
 from mhc_layers.kernels.triton.launch import Launch
 
-__all__ = ["read_forward"]
+__all__ = ["read_forward", "read_launch"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -71,6 +71,7 @@ def read_launch(
     config: RowConfig | None,
     copies: int = 1,
 ) -> Launch:
+    """The launch of the read, for one device."""
     if config is None:
         config = row_config(num_streams * copies, dim, dtype.itemsize, reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)

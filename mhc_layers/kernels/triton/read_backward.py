@@ -12,7 +12,7 @@ import triton.language as tl
 from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
 from mhc_layers.kernels.triton.launch import Launch
 
-__all__ = ["read_backward"]
+__all__ = ["read_backward", "read_backward_launch"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -57,6 +57,7 @@ def read_backward(gu: torch.Tensor, x: torch.Tensor, *, config: RowConfig | None
 def read_backward_launch(
     num_tokens: int, num_streams: int, dim: int, dtype: torch.dtype, device: torch.device, config: RowConfig | None
 ) -> Launch:
+    """The launch of B1, for one device."""
     if config is None:
         config = row_config(num_streams, dim, dtype.itemsize, reducing=True)
     constants = {

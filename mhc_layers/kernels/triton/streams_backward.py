@@ -24,7 +24,7 @@ from mhc_layers.kernels.triton.configs import (
 )
 from mhc_layers.kernels.triton.launch import Launch
 
-__all__ = ["reduce_slabs", "streams_backward"]
+__all__ = ["reduce_launch", "reduce_slabs", "streams_backward", "streams_backward_launch"]
 
 #: Up to this many token splits are ranges of tokens; more take tiles in turn (``measured/layer_kernels.md``).
 _MOST_RANGES = 8
@@ -286,6 +286,7 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
 
 @functools.lru_cache(maxsize=1024)
 def reduce_launch(num_splits: int, size: int, programs: int, padded: int, device: torch.device) -> Launch:
+    """The launch of the reduce, for one device."""
     block = 16384 if is_interpreting() else 256
     constants = {"SIZE": size, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 4096 // padded}
     return Launch(reduce_kernel, (cdiv(size, block) + 1,), (num_splits, programs), constants, 4)
