@@ -151,9 +151,13 @@ class Transformer(nn.Module):
         """Tokens ``(B, T)`` to streams ``(B, T, n, C)``, all equal; in autocast they have its dtype."""
         return functional.expand_streams(self._embeddings(tokens), self.config.num_streams)
 
-    def first_streams(self, tokens: Tensor) -> Tensor:
-        """:meth:`embed`, or ``(B, T, 1, C)`` in place of equal streams where the first site reads them as one."""
-        if getattr(cast(HyperConnection, self.sites[0]).implementation, "folds_broadcast", False):
+    def first_streams(self, tokens: Tensor, site: HyperConnection | None = None) -> Tensor:
+        """:meth:`embed`, or ``(B, T, 1, C)`` in place of equal streams where the first site reads them as one.
+
+        ``site`` is the first site, where the model has given its sites to stages of a pipeline.
+        """
+        site = cast(HyperConnection, self.sites[0]) if site is None else site
+        if getattr(site.implementation, "folds_broadcast", False):
             return self._embeddings(tokens).unsqueeze(-2)
         return self.embed(tokens)
 

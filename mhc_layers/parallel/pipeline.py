@@ -94,8 +94,9 @@ class Stage(nn.Module):
         model = self._whole[0]
         with self._precision.context():
             context = model.context(x.shape[1])
-            state = WalkState(model.embed(x) if self.is_first else x, h_pre)
-            state = model.walk(state, context, cast("list[HyperConnection]", list(self.sites.values())))
+            sites = cast("list[HyperConnection]", list(self.sites.values()))
+            state = WalkState(model.first_streams(x, sites[0]) if self.is_first else x, h_pre)
+            state = model.walk(state, context, sites)
             if self.is_last:
                 return model.readout(state.x, state.h_pre)
             return (state.x, state.h_pre) if self.carries_pre else state.x

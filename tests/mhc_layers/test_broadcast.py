@@ -15,6 +15,9 @@ from mhc_layers._fused_state import FusedState
 from mhc_layers._sites import FUNCTIONAL
 from mhc_layers._torch_ops import fused_site
 from mhc_layers.kernels.options import options_key
+from mhc_layers.models.transformer import WalkState
+from mhc_layers.parallel.engine import Precision
+from mhc_layers.parallel.pipeline import Stage
 from mhc_layers.parallel.recompute import apply_recompute
 from tests.mhc_layers.test_boundary_ops import make_sites
 from tests.mhc_layers.test_read_norm import models
@@ -179,6 +182,17 @@ def test_a_transformer_folds_its_first_site(convention: Any) -> None:
         results.append([loss, *torch.autograd.grad(loss, list(fused.parameters()))])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_first_stage_folds_its_first_site() -> None:
+    fused, _ = models(PAPER)
+    tokens = torch.randint(32, (2, 9))
+    state, sites = WalkState(fused.first_streams(tokens)), list(fused.sites)[:2]
+    expected = fused.walk(state, fused.context(9), sites).x
+    stage = Stage(fused, 0, 2, Precision(device_type="cpu"))
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(stage(tokens), expected)
+    assert OPS.broadcast_pre_forward in counter.get_flop_counts()["Global"]
 
 
 @pytest.mark.parametrize("convention", [PAPER, DEEPSEEK_V41], ids=named)
