@@ -61,7 +61,8 @@ class HyperConnection(KeepsFloat32):
         "auto" takes the first row of the table that accepts this site; the name of a row insists on it, and using the
         site where that row cannot run raises the reason. The choice is made anew when the site moves to a device.
     device, dtype
-        Of the parameters; dtype float32 or float64. A later ``.bfloat16()`` leaves them as they are.
+        Of the site's own parameters; dtype float32 or float64. A later ``.bfloat16()`` leaves them as they are, and
+        casts sublayer and norm.
 
     Attributes
     ----------
