@@ -153,6 +153,20 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("step", "slope < best_slope", "slope <= best_slope"),
         ("step", "scale > _SHRINK", "scale >= _SHRINK"), ("step", "best_error < _SETTLED", "best_error <= _SETTLED"),
     ), "where equal, either is right"),
+    Equivalent("birkhoff.solvers.euclidean", (
+        ("module", "0.3", "0.6"), ("step", "64.0", "128.0"), ("_solve", "100.0", "200.0"),
+    ), "when the scale falls, and how much rounding is allowed for: tuning, with as few steps as measured"),
+    Equivalent("birkhoff.solvers.euclidean", (("_lines", "lines > threshold", "lines >= threshold"),),
+               "where equal, the entry is zero either way"),
+    Equivalent("birkhoff.solvers.euclidean", (
+        ("matrix", "total > 0", "total >= 0"), ("matrix", "frame.xp.ones_like", "frame.xp.zeros_like"),
+    ), "a sum is near one, or no number and stays so"),
+    Equivalent("birkhoff.solvers.euclidean", (
+        ("_dual", "total - xp.sum(potentials, axis=(frame.i, frame.j), keepdims=True)",
+         "total + xp.sum(potentials, axis=(frame.i, frame.j), keepdims=True)"),
+        ("_solve", "eye * (counts + ridge + floor) - overlap + 1.0 / n",
+         "eye * (counts + ridge + floor) - overlap - 1.0 / n"),
+    ), "the residual adds up to zero, the other side being exact, and so do the potentials"),
     Equivalent("birkhoff.solvers.euclidean", (("matrix", "0", "1"),),
                "a sum that rounding left below one stays so, within the same allowance"),
     Equivalent("birkhoff.solvers.euclidean", (("derivative", "2", "3"),),
@@ -190,6 +204,11 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("_move", "dual <= slack * (1.0 + span) - _SUFFICIENT * length * slope",
          "dual < slack * (1.0 + span) - _SUFFICIENT * length * slope"),
     ), "where equal, either is right"),
+    Equivalent("birkhoff.solvers.newton", (
+        ("_move", "2.0", "4.0"), ("_move", "2.0 * span <= _SURE_STEP", "2.0 * span < _SURE_STEP"),
+    ), "from which length on a step is looked at: tuning, with as few steps as measured"),
+    Equivalent("birkhoff.solvers.newton", (("_all_numbers", "frame.xp.all", "frame.xp.any"),),
+               "for n = 2 a NaN has spread to the whole matrix by then"),
     Equivalent("birkhoff.solvers.newton", (("_gap", "True", "False"),), "a mean broadcasts with or without its axis"),
     Equivalent("birkhoff.solvers.newton", (("step", "1", "2"),),
                "for n = 1 the step is zero, and n = 2 is at its solution from the start"),

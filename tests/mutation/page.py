@@ -23,9 +23,12 @@ This page is written by `python -m tests.mutation.page`; do not edit it. {date}.
 
 `python -m tests.mutation` changes one operator, constant, axis, comparison or condition of the core at a time. It tries
 each mutant in a process of its own on the claims of `proofs` and on the module's tests, those first that have rejected
-most. A mutant that all of them accept has survived. {tried} Survivors were read one by one: a missing
-test was written (most are in `tests/mutation/test_survivors.py`), or the change alters nothing that is claimed, and
-the argument is listed below and in `tests/mutation/equivalent.py`. "Other" means a crash outside a test, or a test
+most. A mutant that all of them accept has survived. {tried}
+
+Survivors were read one by one: a missing test was written (most are in `tests/mutation/test_survivors.py` and
+`tests/birkhoff/test_certificate_formulas.py`), or the change alters nothing that is claimed, and the argument is listed
+below and in `tests/mutation/equivalent.py`. An argument is kept by function and text, so it covers every place in the
+function where the same text stands. "Other" means a crash outside a test, or a test
 that took more than twenty times (and five seconds) longer than it should.
 
 | module | tried | rejected | by a claim | by a test | other | argued equivalent | left | of all | of the rest |
@@ -46,7 +49,7 @@ the closed form of n = 2, the bits of a rebuilt block, epsilons of a site.
 """
 
 Judged = tuple[str, Mutant, str]
-"""Module, mutant, and what became of it: ``"claim"``, ``"test"``, ``"other"``, ``"argued"``, ``"left"``, ``"untried"``."""
+"""Module, mutant, and what became of it: claim, test, other (who rejected it), argued, left, untried."""
 
 
 def _judge(module: str, mutant: Mutant, verdict: str) -> str:
