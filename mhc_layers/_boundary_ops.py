@@ -1,6 +1,6 @@
 """The boundary of two fused sites as one step: write of site l, projection and read of site l + 1, and the backward.
 
-Two operators and a Function, like those of :mod:`mhc_layers._torch_ops`. The gradient of the streams between the sites
+Two operators and a Function, like those of :mod:`mhc_layers._site_ops`. The gradient of the streams between the sites
 is formed once, and starts the backward of site l's write while it is on chip.
 
 Shape legend: ... tokens, n streams, C channels, K = nC, N = n(n + 2) coefficients; "next" is site l + 1.
@@ -18,6 +18,7 @@ from mhc_layers._fused_state import FusedState, SiteParams
 from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
 from mhc_layers._streams import without_autocast
+from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.options import padded_rows, site_options
 from mhc_layers.kernels.table import leaf
 
@@ -213,6 +214,7 @@ def _fake_boundary_backward(
 
 BOUNDARY_FORWARD = register(boundary_forward, _fake_boundary_forward)
 BOUNDARY_BACKWARD = register(boundary_backward, _fake_boundary_backward)
+register_formulas("boundary_forward", "boundary_backward")
 
 
 class Boundary(Function):

@@ -2,7 +2,7 @@
 
 The same functions of e as the site's of n equal streams (``docs/derivations/broadcast_first_site``): the projection
 uses phi summed over the streams, the gradient of e is the sum of theirs. Streams of the shape ``(..., 1, C)`` stand for
-the copies. Two pairs of operators and two Functions, as in :mod:`mhc_layers._torch_ops`.
+the copies. Two pairs of operators and two Functions, as in :mod:`mhc_layers._site_ops`.
 
 Shape legend: ... tokens, n streams, C channels, N = n(n + 2) coefficients; e is ``(..., 1, C)``.
 """
@@ -13,14 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from mhc_layers._fused_state import FusedState, SiteParams, token_rows
 from mhc_layers._operators import apply, batched, optional_gradient, register
-from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
+from mhc_layers._site_ops import (
+    Post,
+    Pre,
+    fake_post_backward,
+    fake_pre_backward,
+    fake_pre_forward,
+    post_gradients,
+    pre_gradients,
+)
 from mhc_layers._streams import without_autocast
 from mhc_layers.kernels.cost import register_formulas
-from mhc_layers.kernels.options import padded_rows, site_options, streams_of
+from mhc_layers.kernels.options import site_options, streams_of
 from mhc_layers.kernels.table import leaf
 
 __all__ = ["broadcast_post", "broadcast_pre"]
@@ -57,28 +64,6 @@ def broadcast_pre_forward(
         else:
             u, inverse = leaf("read_norm_forward", e)(e, read, norm.contiguous(), norm_eps, copies=n)
     return u, coef, proj, rstd, inverse
-
-
-def _fake_broadcast_pre_forward(
-    e: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    alpha_pre: Tensor,
-    alpha_post: Tensor,
-    alpha_res: Tensor,
-    previous: Tensor | None,
-    options: str,
-    norm: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lead, dtype = e.shape[:-2], torch.float64 if e.dtype == torch.float64 else torch.float32
-    return (
-        e.new_empty((*lead, e.shape[-1])),
-        e.new_empty((*lead, phi.shape[0]), dtype=dtype),
-        e.new_empty((*lead, phi.shape[0]), dtype=dtype),
-        e.new_empty(lead, dtype=dtype),
-        e.new_empty((0,) if norm is None else lead, dtype=dtype),
-    )
 
 
 def broadcast_pre_backward(
@@ -131,32 +116,6 @@ def broadcast_pre_backward(
     return de, dphi.repeat(1, n), dparams, dprevious, dnorm
 
 
-def _fake_broadcast_pre_backward(
-    e: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    alpha_pre: Tensor,
-    alpha_post: Tensor,
-    alpha_res: Tensor,
-    previous: Tensor | None,
-    proj: Tensor,
-    rstd: Tensor,
-    g: Tensor | None,
-    gu: Tensor | None,
-    dcoef: Tensor | None,
-    options: str,
-    norm: Tensor | None = None,
-    inverse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        e.new_empty(e.shape),
-        proj.new_empty(phi.shape),
-        proj.new_empty((padded_rows(phi.shape[0]) + 4,)),
-        proj.new_empty((0,) if previous is None else previous.shape),
-        proj.new_empty((0,) if norm is None else norm.shape),
-    )
-
-
 def broadcast_post_forward(e: Tensor, f: Tensor, coef: Tensor) -> Tensor:
     """``x_next (..., n, C)``, written from n copies of e."""
     with without_autocast(e.device.type):
@@ -184,24 +143,14 @@ def broadcast_post_backward(
         )
 
 
-def _fake_broadcast_post_backward(
-    g: Tensor, e: Tensor, f: Tensor, proj: Tensor, bias: Tensor, alpha_post: Tensor, options: str
-) -> tuple[Tensor, Tensor]:
-    return f.new_empty(f.shape), proj.new_empty(proj.shape)
-
-
-PRE_FORWARD = register(broadcast_pre_forward, _fake_broadcast_pre_forward)
-PRE_BACKWARD = register(broadcast_pre_backward, _fake_broadcast_pre_backward)
+PRE_FORWARD = register(broadcast_pre_forward, fake_pre_forward)
+PRE_BACKWARD = register(broadcast_pre_backward, fake_pre_backward)
 POST_FORWARD = register(broadcast_post_forward, _fake_broadcast_post_forward)
-POST_BACKWARD = register(broadcast_post_backward, _fake_broadcast_post_backward)
+POST_BACKWARD = register(broadcast_post_backward, fake_post_backward)
 register_formulas(*(f"broadcast_{step}" for step in ("pre_forward", "pre_backward", "post_forward", "post_backward")))
 
 
-def _copies(e: Tensor, params: SiteParams) -> Tensor:
-    return e.expand(*e.shape[:-2], streams_of(params.phi.shape[0]), -1)
-
-
-class BroadcastPre(Function):
+class BroadcastPre(Pre):
     """``(e, parameters, previous, options, norm, eps)`` to what ``Pre`` returns for n copies of e."""
 
     @staticmethod
@@ -214,8 +163,8 @@ class BroadcastPre(Function):
         alpha_res: Tensor,
         previous: Tensor | None,
         options: str,
-        norm: Tensor | None,
-        norm_eps: float,
+        norm: Tensor | None = None,
+        norm_eps: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         u, coef, proj, rstd, inverse = PRE_FORWARD(
             e, phi, bias, alpha_pre, alpha_post, alpha_res, previous, options, norm, norm_eps
@@ -224,37 +173,17 @@ class BroadcastPre(Function):
         return u, coef, link, proj, rstd, inverse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.options, norm, ctx.norm_eps = inputs
-        proj, rstd, inverse = output[3:]
-        ctx.mark_non_differentiable(proj, rstd, inverse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, proj, rstd, norm, None if norm is None else inverse)
-
-    @staticmethod
     def backward(
         ctx: Any, gu: Tensor | None, dcoef: Tensor | None, g: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        e, *rest, previous, proj, rstd, norm, inverse = ctx.saved_tensors
-        params, options = SiteParams(*rest), ctx.options
-        if gu is None and dcoef is None and g is None:
-            return (None,) * 10
-        if torch.is_grad_enabled():
-            x = _copies(e, params)
-            dx, *found, dnorm = pre_backward_composite(gu, g, dcoef, x, params, previous, options, norm, ctx.norm_eps)
-            return None if dx is None else dx.sum(-2, keepdim=True), *found, None, dnorm, None
-        de, dphi, dparams, dprevious, dnorm = PRE_BACKWARD(
-            e, *params, previous, proj, rstd, g, gu, dcoef, options, norm, inverse
-        )
-        dprevious, dnorm = None if previous is None else dprevious, None if norm is None else dnorm
-        return de, *SiteParams.of_gradients(dphi, dparams), dprevious, None, dnorm, None
+        return pre_gradients(ctx, PRE_BACKWARD, gu, dcoef, g)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return batched(BroadcastPre, info, in_dims, args, num_data=1, optional_data=(6,))
 
 
-class BroadcastPost(Function):
+class BroadcastPost(Post):
     """``(e, link, f, coef, proj, parameters, options) -> x_next``; the gradient of ``link`` is that of ``x_next``."""
 
     @staticmethod
@@ -274,19 +203,8 @@ class BroadcastPost(Function):
         return POST_FORWARD(e, f, coef)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        e, _, f, _, proj, *params, ctx.options = inputs
-        ctx.save_for_backward(e, f, proj, *params)
-
-    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        e, f, proj, *rest = ctx.saved_tensors
-        params = SiteParams(*rest)
-        if torch.is_grad_enabled():
-            df, dcoef = post_backward_composite(g, _copies(e, params), f, params, ctx.options)
-        else:
-            df, dcoef = POST_BACKWARD(g, e, f, proj, params.bias, params.alpha_post, ctx.options)
-        return None, g, df, dcoef, *(None,) * 7
+        return post_gradients(ctx, POST_BACKWARD, g)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

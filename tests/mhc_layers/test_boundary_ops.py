@@ -7,7 +7,8 @@ from torch import Tensor
 from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, reference
 from mhc_layers._boundary_ops import boundary
 from mhc_layers._fused_state import FusedState, SiteParams
-from mhc_layers._torch_ops import Post, Pre, fused_site
+from mhc_layers._site_ops import Post, Pre
+from mhc_layers._torch_ops import fused_site
 from mhc_layers.conventions import Convention
 from mhc_layers.kernels.options import options_key
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhc_layers import PAPER, HyperConnection, _boundary_ops, _broadcast_ops, _torch_ops
+from mhc_layers import PAPER, HyperConnection, _boundary_ops, _broadcast_ops, _site_ops
 from mhc_layers._recompute import RECOMPUTE_BLOCK
 from mhc_layers._torch_ops import fused_site
 from mhc_layers.kernels.cost import bytes_moved
@@ -89,7 +89,7 @@ def stream_values(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> in
         return call
 
     with monkeypatch.context() as patch:
-        for module in (_torch_ops, _boundary_ops, _broadcast_ops):
+        for module in (_site_ops, _boundary_ops, _broadcast_ops):
             patch.setattr(module, "leaf", counting)
         run()
     return total

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, Transformer, TransformerConfig
 from mhc_layers._fused_state import fused_norm
+from mhc_layers._site_ops import Post, Pre
 from mhc_layers._sites import FUNCTIONAL
-from mhc_layers._torch_ops import Post, Pre, fused_site
+from mhc_layers._torch_ops import fused_site
 from mhc_layers.kernels.options import options_key
 from mhc_layers.models.norm import RMSNorm
 from tests.mhc_layers.test_boundary_ops import gradients, make_inputs, make_sites, walk

@@ -15,8 +15,9 @@ from birkhoff._registry import installed
 from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, Transformer, TransformerConfig
 from mhc_layers._fused_state import FusedState
 from mhc_layers._registry import facts_of, refuse_fused
+from mhc_layers._site_ops import PRE_FORWARD, Post, Pre
 from mhc_layers._sites import FUNCTIONAL
-from mhc_layers._torch_ops import PRE_FORWARD, Post, Pre, fused_site
+from mhc_layers._torch_ops import fused_site
 from mhc_layers.kernels.options import options_key
 
 CONVENTIONS = {"paper": PAPER, "v4": DEEPSEEK_V4}
