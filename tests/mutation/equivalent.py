@@ -151,6 +151,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("step", "value < best_objective - margin", "value <= best_objective - margin"),
         ("step", "value <= best_objective + margin", "value < best_objective + margin"),
         ("step", "slope < best_slope", "slope <= best_slope"),
+        ("_at_least_one", "counts > 1.0", "counts >= 1.0"),
         ("step", "scale > _SHRINK", "scale >= _SHRINK"), ("step", "best_error < _SETTLED", "best_error <= _SETTLED"),
     ), "where equal, either is right"),
     Equivalent("birkhoff.solvers.euclidean", (
@@ -177,8 +178,13 @@ EQUIVALENT: tuple[Equivalent, ...] = (
          "error < xp.finfo(values.dtype).eps * (n + 0.25 * reach)"),
         ("step", "error < 1.0", "error <= 1.0"),
     ), "a threshold met exactly: one step more or less"),
-    Equivalent("birkhoff.solvers.sinkhorn_damped", (("_log_rate", "xp.ones_like", "xp.zeros_like"),),
-               "a divisor in the branch that is not selected"),
+    Equivalent("birkhoff.solvers.sinkhorn_damped", (
+        ("_log_rate", "xp.ones_like", "xp.zeros_like"), ("_log_rate", "soft > 0.0", "soft >= 0.0"),
+    ), "a divisor in the branch that is not selected; of two guards one suffices"),
+    Equivalent("birkhoff._math", (
+        ("exp_in_sum", "not branch", "branch"),
+        ("exp_in_sum", "if not branch: return xp.exp(exponents)", "if not not branch: return xp.exp(exponents)"),
+    ), "terms below the smallest normal number in a sum of at least one: time, not values"),
     Equivalent("birkhoff._tangent", (("module", "1e-37", "2e-37"),),
                "the least degree, below every weight that matters"),
     Equivalent("birkhoff._tangent", (
