@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from birkhoff._registry import Resolution, Row, Table, installed
 from mhc_layers._sites import RefusedSite, SiteImplementation
 from mhc_layers.conventions import Convention
-from mhc_layers.kernels.options import refuse_convention
+from mhc_layers.kernels.options import LARGEST_STREAMS, refuse_convention
 
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
@@ -53,7 +53,10 @@ def refuse_fused(facts: SiteFacts) -> str | None:
         (facts.device == "cuda", f"needs a CUDA or ROCm device, got {facts.device}"),
         (facts.dtype == "float32", f"takes float32 parameters, got {facts.dtype}"),
         (installed("triton"), "the package triton is not installed"),
-        (facts.num_streams <= 8, f"keeps 1 to 8 streams in registers, got n = {facts.num_streams}"),
+        (
+            facts.num_streams <= LARGEST_STREAMS,
+            f"keeps 1 to {LARGEST_STREAMS} streams in registers, got n = {facts.num_streams}",
+        ),
     )
     reason = next((reason for holds, reason in checks if not holds), None)
     return refuse_convention(facts.convention) if reason is None else reason

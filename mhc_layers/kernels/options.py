@@ -7,7 +7,19 @@ from typing import NamedTuple
 
 from mhc_layers.conventions import Convention
 
-__all__ = ["SiteOptions", "mix_width", "options_key", "padded_rows", "refuse_convention", "site_options", "streams_of"]
+__all__ = [
+    "LARGEST_STREAMS",
+    "SiteOptions",
+    "mix_width",
+    "options_key",
+    "padded_rows",
+    "refuse_convention",
+    "site_options",
+    "streams_of",
+]
+
+LARGEST_STREAMS = 8
+"""Largest n of the fused kernels: an n x n operator and n streams of a tile live in registers."""
 
 
 class SiteOptions(NamedTuple):

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from birkhoff._registry import Resolution, Row, Table, installed, load
+from mhc_layers.kernels.options import LARGEST_STREAMS
 
 __all__ = ["LEAVES", "LeafFacts", "explain", "leaf", "restricted_to"]
-
-#: Largest n of the Triton rows: an n x n operator and n streams of a tile live in registers.
-LARGEST_STREAMS = 8
 
 #: Largest C of the rows that hold a token's whole row in the registers of a program, by bytes of a value.
 LARGEST_ROW = {2: 16384, 4: 8192}

@@ -28,6 +28,7 @@ template <int BYTES> DEVICE void copy_async(void* to, const void* from, bool val
                  ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
   }
 }
+// 16 bytes that lie inside the tensor
 DEVICE void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
