@@ -85,10 +85,11 @@ def fused_norm(site: HyperConnection, x: Tensor) -> tuple[Tensor | None, float]:
     """Gain ``(C,)`` in float32 and epsilon of the norm that ends a site's read, if the kernels can run it, else None.
 
     They run :class:`torch.nn.RMSNorm` and :class:`~mhc_layers.models.norm.RMSNorm` themselves, no subclasses, with a
-    gain over all channels that is distributed only if the streams are, and without hooks, which would not be called.
+    gain over all channels that is distributed only if the streams are; without hooks and without a ``forward`` that
+    replaces the class's (as offloading does), which would not be called.
     """
     norm: Any = site.input_norm
-    if norm is None or type(norm) not in (nn.RMSNorm, RMSNorm):
+    if norm is None or type(norm) not in (nn.RMSNorm, RMSNorm) or "forward" in norm.__dict__:
         return None, 0.0
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
         return None, 0.0

@@ -40,8 +40,8 @@ class HyperConnection(KeepsFloat32):
         The norm of the sublayer's input, which the site applies with its read; the sublayer must not apply it again.
         A module from ``(..., C)`` to ``(..., C)`` becomes the site's submodule ``norm``; a string names a submodule
         that the sublayer already holds, so that parameters keep their names. The fused kernels read and normalise in
-        one pass if it is a :class:`torch.nn.RMSNorm` or an :class:`mhc_layers.models.norm.RMSNorm` with a gain and
-        without hooks (its ``forward`` is then not called); any other module is called on what was read.
+        one pass if it is a :class:`torch.nn.RMSNorm` or an :class:`mhc_layers.models.norm.RMSNorm` with a gain,
+        without hooks and with its class's ``forward`` (which is then not called); any other module is called.
     convention : Convention or str
         Orientation, order and epsilons of the maps; a preset or its name.
     connection : str

@@ -216,6 +216,17 @@ def test_hooks_of_a_norm_are_called() -> None:
     torch.testing.assert_close(hooked, 3.0 * site.pre(x)[0])
 
 
+def test_a_replaced_forward_of_a_norm_is_called() -> None:
+    """As accelerate does to load the weights of a module when it is called."""
+    norm = RMSNorm(8)
+    site = HyperConnection(8, 4, norm=norm, implementation=fused_site(PAPER))
+    x = torch.randn(2, 4, 8)
+    expected = 3.0 * site.pre(x)[0]
+    forward = norm.forward
+    norm.forward = lambda u: 3.0 * forward(u)  # type: ignore[method-assign]
+    torch.testing.assert_close(site.pre(x)[0], expected)
+
+
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 def test_backward_hooks_of_a_norm_are_called(register: str) -> None:
     norm, called = nn.RMSNorm(8), []
