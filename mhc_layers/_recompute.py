@@ -85,7 +85,6 @@ class StreamRebuilder:
     def __init__(self, sites: Sequence[HyperConnection], x: Tensor, h_pre: Tensor | None) -> None:
         self._x = x
         self._sites = sites
-        self._copies = sites[0].num_streams // x.shape[-2]
         self._coefs: list[Tensor] = []
         self._last: tuple[int, int] | None = None
         self._delayed = bool(sites[0].convention.read_delay)
@@ -100,14 +99,23 @@ class StreamRebuilder:
 
     @staticmethod
     def serves(sites: Sequence[HyperConnection], x: Tensor) -> bool:
-        """Whether every site of a block runs fused on these streams."""
+        """Whether every site of a block runs fused on these streams, which one process has."""
         fused = all(isinstance(site.implementation, FusedSite) and not is_distributed(site.phi) for site in sites)
         return fused and x.dtype != torch.float64
 
     def see(self, state: Any) -> None:
-        """Keep the coefficients of the next site."""
+        """Keep the coefficients of the next site, from the state that its read returned.
+
+        Raises
+        ------
+        TypeError
+            If the site did not run fused.
+        """
         if not isinstance(state, FusedState):
-            raise TypeError(f"a block of fused sites keeps FusedState, got {type(state).__name__}")
+            raise TypeError(
+                f"a block of fused sites keeps FusedState, got {type(state).__name__}: streams of its sites must have "
+                "one dtype, not float64"
+            )
         self._coefs.append(state.coef.detach())
 
     def number(self, tensor: Tensor) -> int | None:
