@@ -121,8 +121,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
                "the first scaling is overwritten before it is read"),
     Equivalent("birkhoff.solvers.sinkhorn_knopp", (("module", "True", "False"),),
                "keyword-only fields of a class that adds none"),
-    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("push_start", "0", "1"),),
-               "not reached: forward and second derivatives are those of the log solver, for any range"),
     Equivalent("birkhoff.solvers.range_cap", (("cap", "logits < floor", "logits <= floor"),),
                "where equal, either is right"),
     Equivalent("birkhoff.solvers.range_cap", (("pull_cap", "1.0", "2.0"), ("push_cap", "1.0", "2.0")),
