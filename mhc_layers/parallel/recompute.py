@@ -71,13 +71,24 @@ def recompute_elements(num_layers: int, block: int, *, num_streams: int, dim: in
     int
         ``n C ceil(L / block) + (n + 2) C block``, the objective of the paper's Eq. 20.
 
+    Raises
+    ------
+    ValueError
+        If ``block`` is smaller than 1.
+
     Examples
     --------
     >>> from mhc_layers.parallel.recompute import recompute_elements
     >>> recompute_elements(60, 6, num_streams=4)
     76
     """
+    _check_block(block)
     return num_streams * dim * -(-num_layers // block) + (num_streams + 2) * dim * block
+
+
+def _check_block(block: int) -> None:
+    if block < 1:
+        raise ValueError(f"block is {block}; a recompute block has 1 site or more, None takes the best size")
 
 
 def block_size(num_layers: int, *, num_streams: int) -> int:
@@ -130,16 +141,23 @@ def block_boundaries(stages: Sequence[int], *, num_streams: int, block: int | No
     list of (int, int)
         First and one-past-last layer of each block.
 
+    Raises
+    ------
+    ValueError
+        If ``block`` is smaller than 1.
+
     Examples
     --------
     >>> from mhc_layers.parallel.recompute import block_boundaries
     >>> block_boundaries([5, 4], num_streams=4, block=3)
     [(0, 3), (3, 5), (5, 8), (8, 9)]
     """
+    if block is not None:
+        _check_block(block)
     boundaries: list[tuple[int, int]] = []
     start = 0
     for layers in stages:
-        size = block or block_size(layers, num_streams=num_streams)
+        size = block_size(layers, num_streams=num_streams) if block is None else block
         boundaries.extend((first, min(first + size, start + layers)) for first in range(start, start + layers, size))
         start += layers
     return boundaries
@@ -198,13 +216,17 @@ def apply_recompute(
     Raises
     ------
     ValueError
-        If ``recompute_layers`` is on.
+        If ``recompute_layers`` is on, the stages do not add up to the model's sites, or ``block`` is smaller than 1.
     """
     if model.config.recompute_layers:
         raise ValueError(
             f"model.recompute_layers is {model.config.recompute_layers} and parallel.recompute is on; set one to 0"
         )
-    sizes = stages or [len(model.sites)]
+    sizes = [len(model.sites)] if stages is None else stages
+    if sum(sizes) != len(model.sites):
+        raise ValueError(
+            f"stages are {list(sizes)}, {sum(sizes)} sites; the model has {len(model.sites)}, give all of them"
+        )
     boundaries = block_boundaries(sizes, num_streams=model.config.num_streams, block=block)
     if compiled:
         model.walk = SelectiveWalk(model.walk, boundaries)  # type: ignore[method-assign]
@@ -256,7 +278,7 @@ class SelectiveWalk:
     walk : callable
         The walk it replaces, used where no gradient is needed, keys and values are cached, or sites are given.
     boundaries : sequence of (int, int)
-        First and one-past-last site of each block.
+        First and one-past-last site of each block; together all sites, in order.
     policy : callable
         What is kept, :func:`connection_policy` by default.
     """

@@ -118,6 +118,19 @@ def test_selective_blocks_give_the_same_bits_and_keep_less(fused):
     assert kept_bytes(model, tokens) < 0.6 * everything
 
 
+def test_sizes_that_leave_out_sites_are_refused():
+    model = Transformer(tiny_model(num_layers=2))
+    for compiled in (False, True):
+        with pytest.raises(ValueError, match=r"stages are \[2, 1\], 3 sites; the model has 4"):
+            apply_recompute(model, stages=[2, 1], compiled=compiled)
+        with pytest.raises(ValueError, match="block is -1"):
+            apply_recompute(model, block=-1, compiled=compiled)
+    with pytest.raises(ValueError, match="block is 0"):
+        recompute_elements(4, 0, num_streams=4)
+    with pytest.raises(ValueError, match="block is 0"):
+        block_boundaries([4], num_streams=4, block=0)
+
+
 class CountRuns(TorchDispatchMode):
     """Counts the operators that really run."""
 
