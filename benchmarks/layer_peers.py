@@ -91,10 +91,10 @@ class TileKernels:
         u, state = self._functional.mhc_pre(
             x[None], phi, alpha, bias, mhc_mult=self._n, post_mult_value=2.0, sinkhorn_repeat=20
         )
-        return u[0], state
+        return u.squeeze(0), state  # not u[0], whose backward fills and copies a tensor
 
     def post(self, x: Tensor, f: Tensor, state: Any) -> Tensor:
-        return self._functional.mhc_post(f[None], x[None], *state)[0]
+        return self._functional.mhc_post(f[None], x[None], *state).squeeze(0)
 
     def library_gradients(self, gradients: list[Tensor]) -> Parameters:
         return Parameters(*gradients)
@@ -145,12 +145,12 @@ class Transformers:
 
     def pre(self, x: Tensor) -> tuple[Tensor, Any]:
         post, comb, u = self._module(x[None])
-        return u[0], (post, comb)
+        return u.squeeze(0), (post, comb)
 
     def post(self, x: Tensor, f: Tensor, state: Any) -> Tensor:
         post, comb = state
         mixed = comb.to(x.dtype).transpose(-1, -2) @ x[None]
-        return (post.to(x.dtype).unsqueeze(-1) * f[None, :, None] + mixed)[0]
+        return (post.to(x.dtype).unsqueeze(-1) * f[None, :, None] + mixed).squeeze(0)
 
     def library_gradients(self, gradients: list[Tensor]) -> Parameters:
         return Parameters(*gradients)

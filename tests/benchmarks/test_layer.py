@@ -140,11 +140,11 @@ def test_a_run_measures_by_groups_saves_each_row_and_stops_in_time() -> None:
     report = {"machine": MACHINE, "streams": 4, "shapes": []}
     shapes = [(16, 32), (8, 32)]
     layer.run(shapes, 4, names, 2, 600.0, report, lambda: saved.append(layer_report.markdown(report)), kernels=True)
-    assert len(saved) == 9 and [row["name"] for row in report["shapes"][1]["rows"]] == names
-    fused, liger, eager = report["shapes"][0]["rows"]
+    assert len(saved) == 9 and sorted(row["name"] for row in report["shapes"][1]["rows"]) == sorted(names)
+    fused, eager, liger = report["shapes"][0]["rows"]
     assert fused["chain"]["fused"]["both"] == times(100.0, 50.0) | {"site_us": 0.0, "half_us": 100.0}
     assert fused["same_bits"] and "not installed" in liger["skipped"] and eager["both"]["called_us"] == 800.0
-    assert "| ours, fused, fused boundaries |" in saved[0] and "Kernels alone" not in saved[3] and "Kernels" in saved[4]
+    assert "| ours, fused, fused boundaries |" in saved[0] and "Kernels" not in saved[1] and "Kernels" in saved[2]
     layer.run(shapes, 4, names, 4, -1.0, report, lambda: None)
     assert all("not reached" in row["skipped"] for shape in report["shapes"][2:] for row in shape["rows"])
 
