@@ -99,11 +99,11 @@ def _fake_boundary_forward(
 
 
 def boundary_backward(
+    x: Tensor,
     gx: Tensor | None,
     gu: Tensor | None,
     dcoef: Tensor | None,
     g: Tensor | None,
-    x: Tensor,
     f: Tensor,
     coef: Tensor | None,
     proj: Tensor,
@@ -125,7 +125,8 @@ def boundary_backward(
     """Gradients of the streams between the sites, f, site l's coef, the next site's phi, its dbias and dalpha, norm.
 
     ``g`` is that of the streams which the next site wrote, ``gx`` what reaches those between the sites from outside.
-    ``coef`` is site l's where the next site reads with its h_pre, else None.
+    ``coef`` is site l's where the next site reads with its h_pre, else None. ``x`` comes first because torch 2.11
+    asks the first argument of an operator for the device mesh.
     """
     x, n = x.contiguous(), x.shape[-2]
     bias, next_bias = bias.contiguous(), next_bias.contiguous()
@@ -179,11 +180,11 @@ def boundary_backward(
 
 
 def _fake_boundary_backward(
+    x: Tensor,
     gx: Tensor | None,
     gu: Tensor | None,
     dcoef: Tensor | None,
     g: Tensor | None,
-    x: Tensor,
     f: Tensor,
     coef: Tensor | None,
     proj: Tensor,
@@ -280,11 +281,11 @@ class Boundary(Function):
                 before_dcoef = torch.cat([dprevious, before_dcoef[..., x.shape[-2] :]], -1)
         else:
             dx, df, before_dcoef, dphi, dparams, dnorm = BOUNDARY_BACKWARD(
+                x,
                 gx,
                 gu,
                 dcoef,
                 g,
-                x,
                 f,
                 coef,
                 proj,

@@ -25,7 +25,7 @@ _RULES: dict[str, tuple[str, str]] = {
     "post_backward": ("t t", "t t t t p p ."),
     "pre_backward": ("t s s T6 S13", "t p p p p p T t t T T T . P T"),
     "boundary_forward": ("t t t t t T10", "t t t p p p p p . . P ."),
-    "boundary_backward": ("t t t s s S20", "T T T T t t T t p p . t t t p p p p p . P T"),
+    "boundary_backward": ("t t t s s S20", "t T T T T t T t p p . t t t p p p p p . P T"),
     "broadcast_pre_forward": ("t t t t T8", "t p p p p p T . P ."),
     "broadcast_pre_backward": ("t s s T6 S13", "t p p p p p T t t T T T . P T"),
     "broadcast_post_forward": ("t", "t t t"),

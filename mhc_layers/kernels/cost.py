@@ -51,7 +51,7 @@ def _boundary_forward_flops(
 
 
 def _boundary_backward_flops(*shapes: Any, **_: Any) -> int:
-    x, phi = shapes[4], shapes[14]  # gx, gu, dcoef, g, x, ..., next_phi: see the operator's schema
+    x, phi = shapes[0], shapes[14]  # x, ..., next_phi: see the operator's schema
     return _post_backward_flops(x) + _pre_backward_flops(x, phi)
 
 

@@ -139,8 +139,8 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(OPS.boundary_forward.default, forward)
     x_next, u, coef, proj, rstd, _ = OPS.boundary_forward.default(*forward)
     before = (state.proj, *(tensor.detach() for tensor in (state.params.bias, state.params.alpha_post)), options)
-    saved = (x.detach(), f.detach(), None, *before, x_next, proj, rstd, *detached[3:], options)
-    torch.library.opcheck(OPS.boundary_backward.default, (None, u, torch.zeros_like(coef), x_next, *saved))
+    saved = (f.detach(), None, *before, x_next, proj, rstd, *detached[3:], options)
+    torch.library.opcheck(OPS.boundary_backward.default, (x.detach(), None, u, torch.zeros_like(coef), x_next, *saved))
 
 
 def test_vmap_over_tokens() -> None:
