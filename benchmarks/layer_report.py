@@ -88,7 +88,9 @@ def _bars(report: dict[str, Any]) -> list[str]:
     def number(value: float | None, unit: str) -> str:
         if value is None:
             return "-"
-        return (f"{value:.1e}" if 0 < value < 0.01 else f"{value:.2f}".rstrip("0").rstrip(".")) + unit
+        if 0 < value < 0.01:
+            return f"{value:.1e}{unit}"
+        return f"{value:.2f}{unit}" if unit else f"{value:.2f}".rstrip("0").rstrip(".")
 
     rows = []
     for verdict in judge(report):
@@ -187,6 +189,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.margins(x=0.15)
+        ticks = [tick for tick in (1, 2, 4, 8, 16, 32) if tick <= 1.2 * max(values, default=1)]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.set_title(f"M = {shape['tokens']}, C = {shape['dim']}")
         axis.set_xlabel("forward + backward, times the floor")
         axis.spines[["top", "right"]].set_visible(False)

@@ -89,7 +89,7 @@ def test_the_report_takes_overhead_from_the_residual_of_the_same_run(tmp_path: P
     report |= {"widths": [width]}
     text = training_report.markdown(report)
     assert "| mHC, fused | 25.0 % | 12.50 | 640 | 8.9 % | 9.80 | 816 |" in text
-    assert "5.0 % of the residual's step" in text and "8.9 %, met" in text
+    assert "5.0 % of the residual's step" in text and "25.0 % as called, **missed**; 8.9 % in a graph, met." in text
     assert "the formula says 500.0 MB (+0.00 %)" in text
     assert "- mHC, plain torch: not reached in 1 s" in text and "recompute, in a graph: E: no" in text
     training_report.plot(report, tmp_path / "figure.svg")
