@@ -110,12 +110,12 @@ KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
     # The layer: coefficients and their adjoint
     KernelMutant(_COEFFICIENTS, "lo = (w - hi.to(tl.float32))", "lo = (w - w)", _SITE),
     KernelMutant(_COEFFICIENTS, "x32 * x32, (BM", "x32, (BM", _SITE),
-    KernelMutant(_COEFFICIENTS, "parts[d]\n    return total", "parts[0]\n    return total", _SITE),
+    KernelMutant(_COEFFICIENTS, "res += parts[d][3]", "res += parts[0][3]", _SITE),
     KernelMutant(_COEFFICIENTS, "square * inv_k + norm_eps", "square + norm_eps", _SITE),
     KernelMutant(_COEFFICIENTS, "tl.sigmoid(logits) + eps_pre", "tl.sigmoid(logits)", _SITE),
     KernelMutant(_COEFFICIENTS, "post_scale * tl.sigmoid(logits)", "tl.sigmoid(logits)", _SITE),
     KernelMutant(_COEFFICIENTS, "(k % n) * n + k // n", "k", _SITE),
-    KernelMutant(_COEFFICIENTS, "(2 * n + b * n + a), h_res", "(2 * n + a * n + b), h_res", _SITE),
+    KernelMutant(_COEFFICIENTS, "N + (2 * n + b * n + a)", "N + (2 * n + a * n + b)", _SITE),
     KernelMutant(_ADJOINT, "h_pre = s + eps_pre", "h_pre = s", _SITE),
     KernelMutant(_ADJOINT, "dl = d * s * (1.0 - s)", "dl = d * s", _SITE),
     KernelMutant(_ADJOINT, "* post_scale * s * (1.0 - s)", "* s * (1.0 - s)", _SITE),
@@ -143,7 +143,7 @@ KERNEL_MUTANTS: tuple[KernelMutant, ...] = (
     # The read with the sublayer's norm
     KernelMutant(_NORM, "tl.sum(squares, axis=1) * inv_c + eps", "tl.sum(squares, axis=1) * inv_c", "equals"),
     KernelMutant(_NORM, "* inverse[:, None] * weight[None, :]", "* inverse[:, None]", "equals"),
-    KernelMutant(_NORM_BACKWARD, "a = gv * weight[None, :]", "a = gv", "equals"),
+    KernelMutant(_NORM_BACKWARD, "a = gv * tl.load(WEIGHT + c, mask=c < C, other=0.0)[None, :]", "a = gv", "equals"),
     KernelMutant(_NORM_BACKWARD, "along * inverse * inverse * inv_c", "along * inverse * inv_c", "equals"),
     KernelMutant(_NORM_BACKWARD, "inverse * (dot_a[i] - along", "inverse * (dot_a[i] + along", "equals"),
 )  # fmt: skip
