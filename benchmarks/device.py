@@ -12,7 +12,6 @@ import datetime
 import gc
 import importlib.metadata
 import platform
-import shlex
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Memory", "Times", "command", "copy_rate", "free", "machine", "measure_memory", "time_calls"]
+__all__ = ["Memory", "Times", "copy_rate", "free", "machine", "measure_memory", "time_calls"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,18 +162,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def command(subject: str, arguments: Sequence[str]) -> str:
-    """Return the command that a report names: without where it was written and which commit it was told."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if not skip and name not in ("--json", "--markdown", "--plot", "--commit"):
-            kept.append(argument)
-        skip = not skip and argument in ("--json", "--markdown", "--plot", "--commit")
-    return shlex.join(["python", "-m", "benchmarks", subject, *kept])
 
 
 def _commit() -> str | None:

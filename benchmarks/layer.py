@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import command, copy_rate, free, machine
+from benchmarks.device import copy_rate, free, machine
 from benchmarks.layer_kernels import measure_kernels
 from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows, survives
 from benchmarks.layer_peers import PEERS, Peer
 from benchmarks.layer_report import markdown, plot
+from benchmarks.timing import command
 
 __all__ = ["PACKAGES", "main"]
 

@@ -14,21 +14,20 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import shlex
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import birkhoff
-from benchmarks.timing import host_machine, time_host
+from benchmarks.timing import command, host_machine, time_host
 from birkhoff import reference
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
@@ -468,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the report here, after every row")
     parser.add_argument("--markdown", type=Path, help="write the page here, after every row")
     parser.add_argument("--plot", type=Path, help="draw a figure here at the end (GPU reports; needs matplotlib)")
+    parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
     parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
     arguments = parser.parse_args(argv)
     cases, contestants, devices = _extensions()
@@ -478,11 +478,14 @@ def main(argv: list[str] | None = None) -> int:
         _draw(arguments, device, report)
         print(device.markdown(report))
         return 0
+    if arguments.commit is not None:
+        measured = {"commit": arguments.commit}
+        device = replace(device, describe=lambda describe=device.describe: describe() | measured)
     cases = tuple(c for c in cases if c.device == arguments.device and _named(c.title, arguments.cases))
     contestants = tuple(c for c in contestants if _named(c.name, arguments.names))
     about: dict[str, Any] = {
         "threads": _threads(arguments.threads),
-        "command": shlex.join(["python", "-m", "benchmarks", "projection", *(sys.argv[2:] if argv is None else argv)]),
+        "command": command("projection", sys.argv[2:] if argv is None else argv),
     }
     if arguments.compile_only:
         print(device.prepare([(case, peer) for case in cases for peer in contestants], arguments.compile_ahead))

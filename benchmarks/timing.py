@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import time
@@ -47,6 +48,18 @@ def host_machine(packages: Sequence[str]) -> dict[str, Any]:
         "versions": {name: version for name in packages if (version := _version(name)) is not None},
         "commit": (commit or "unknown") + ("" if clean else " with uncommitted changes"),
     }
+
+
+def command(subject: str, arguments: Sequence[str]) -> str:
+    """Return the command that a report names: without where it was written and which commit it was told."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if not skip and name not in ("--json", "--markdown", "--plot", "--commit"):
+            kept.append(argument)
+        skip = not skip and argument in ("--json", "--markdown", "--plot", "--commit")
+    return shlex.join(["python", "-m", "benchmarks", subject, *kept])
 
 
 def _processor() -> str:

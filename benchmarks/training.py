@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import command, copy_rate, free, machine, time_calls
+from benchmarks.device import copy_rate, free, machine, time_calls
 from benchmarks.layer import PACKAGES
 from benchmarks.layer_measure import floors, survives
+from benchmarks.timing import command
 from benchmarks.training_report import markdown, plot
 from mhc_layers import Transformer, TransformerConfig
 from mhc_layers._recompute import kept_bytes
