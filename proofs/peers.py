@@ -39,7 +39,8 @@ on purpose; the table says in which statements the difference shows. What a cros
 statement must not rely on that function.
 
 `holds`: not refuted by the examples tried. `BROKEN`: refuted; the smallest failing example found is below.
-`-`: not claimed, for instance gradients of a NumPy function. `not tried`: the run ended before.
+`-`: not claimed, for instance gradients of a NumPy function. `not tried`: the run ended before, or ended at an n that
+the function does not take, which is not a breach.
 """
 
 
