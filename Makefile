@@ -73,8 +73,10 @@ verify: $(STAMP)
 formal:
 	$(MAKE) -C proofs/formal
 
+# Hours of processor time; verdicts are kept in mutation*.jsonl as they are found, and a second run goes on from there.
 mutation: $(STAMP)
 	$(PY) -m tests.mutation
+	$(PY) -m tests.mutation.kernels
 
 ci: test test-kernels
 
