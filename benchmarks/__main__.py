@@ -1,4 +1,4 @@
-"""``python -m benchmarks projection|layer|training``: correctness first, then times, as ratios to floors and peers."""
+"""``python -m benchmarks SUBJECT``: correctness first, then times, as ratios to floors and peers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 SUBJECTS = {
     "projection": "a stack of matrices, projected: NumPy, torch, CuPy, and every peer that is installed (CPU or GPU)",
     "layer": "one mHC site, everything but its sublayer (GPU)",
-    "training": "a training step of a whole model (GPU)",
+    "training": "forward and backward of a whole model (GPU)",
+    "which_solver": "what each solver leaves of the marginals, and what it costs (CPU or GPU)",
 }
 
 
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0] not in SUBJECTS:
         print(f"usage: python -m benchmarks {{{','.join(SUBJECTS)}}} [--help]\n", file=sys.stderr)
         for name, what in SUBJECTS.items():
-            print(f"  {name:<11} {what}", file=sys.stderr)
+            print(f"  {name:<12} {what}", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     return int(importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:]))
 

@@ -12,26 +12,29 @@ from concurrent.futures import ThreadPoolExecutor
 __all__ = ["compile_ahead"]
 
 
-def compile_ahead(commands: Sequence[Sequence[str]], jobs: int, seconds: float) -> str:
-    """Run ``python -m benchmarks`` with each list of arguments, ``jobs`` at a time; return what happened in a sentence.
+def compile_ahead(
+    commands: Sequence[Sequence[str]], jobs: int, seconds: float, *, module: str = "benchmarks", threads: int = 1
+) -> str:
+    """Run ``python -m module`` with each list of arguments, ``jobs`` at a time; return what happened in a sentence.
 
-    A failure here is no error: the measurement meets it again and reports it.
+    A process that still runs after ``seconds`` is ended. A failure here is no error: the measurement meets it again and
+    reports it. ``threads`` is for each process's own compiler workers.
     """
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": "1", **os.environ}
     stop = time.monotonic() + seconds
 
     def run(arguments: Sequence[str]) -> bool:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks", *arguments]
+        command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
         left = stop - time.monotonic()
         if left <= 0:
             return False
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, timeout=left, check=False)
+            return subprocess.run(command, env=environment, timeout=left, check=False, **quiet).returncode == 0
         except subprocess.TimeoutExpired:
             return False
-        return done.returncode == 0
 
     start = time.monotonic()
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
         done = list(pool.map(run, commands))
     return f"{done.count(True)} of {len(done)} jobs compiled ahead, {time.monotonic() - start:.0f} s"

@@ -1,4 +1,4 @@
-"""Timing, memory and floors on one GPU, for the layer and training benchmarks.
+"""Timing, memory and floors on one GPU.
 
 Protocol: correctness first; inputs rotate over sets that together exceed the L2 cache; medians of CUDA events, as
 called and by replay of a CUDA graph; a floor is bytes divided by the copy rate of the same run.
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from benchmarks.report import provenance
 
 __all__ = ["Memory", "Times", "copy_rate", "free", "machine", "measure_memory", "time_calls"]
 
@@ -157,30 +155,7 @@ def copy_rate() -> float:
     return best
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    with contextlib.suppress(OSError):
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        if len(found) == 40:
-            clean = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True, check=False)
-            return found if clean.returncode == 0 else f"{found} with uncommitted changes"
-    return None
-
-
 def machine(packages: Sequence[str], commit: str | None = None) -> dict[str, Any]:
     """Describe hardware, versions, commit and date of a report; ``commit`` is for a tree without its git folder."""
-    versions = {name: version for name in packages if (version := _version(name)) is not None}
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit or _commit(),
-    }
+    about = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return about | provenance(packages, commit)

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from benchmarks.layer_kernels import measure_kernels
 from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows, survives
 from benchmarks.layer_peers import PEERS, Peer
 from benchmarks.layer_report import markdown, plot
-from benchmarks.timing import command
+from benchmarks.report import add_options, command, finish, write
 
-__all__ = ["PACKAGES", "main"]
+__all__ = ["PACKAGES", "main", "run"]
 
 PACKAGES = (
     "torch",
@@ -139,58 +139,39 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=600.0, help="start no row later than this")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
     parser.add_argument("--compile-only", action="store_true", help="fill the caches on disk, measure nothing")
-    parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
-    parser.add_argument("--json", type=Path, help="write the report here, after every row")
-    parser.add_argument("--markdown", type=Path, help="write the tables here, after every row")
-    parser.add_argument("--plot", type=Path, help="write a figure here (needs matplotlib)")
-    parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
+    add_options(parser)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run ``python -m benchmarks layer``."""
     arguments = _parser().parse_args(argv)
     names = arguments.names or list(_IMPLEMENTATIONS)
     if arguments.from_json is not None:
-        report = json.loads(arguments.from_json.read_text())
-    elif not torch.cuda.is_available():
+        finish(arguments, json.loads(arguments.from_json.read_text()), markdown, plot)
+        return 0
+    if not torch.cuda.is_available():
         print("benchmarks layer needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
-    elif arguments.compile_only and not arguments.jobs:
+    if arguments.compile_only and not arguments.jobs:
         for name in names:
             with rows(_IMPLEMENTATIONS[name]):
                 for m, c in arguments.shapes:
                     compile_only(_IMPLEMENTATIONS[name], arguments.streams, c, m)
         return 0
-    else:
-        report = {"machine": machine(PACKAGES, arguments.commit), "streams": arguments.streams, "shapes": []}
-        report["command"] = command("layer", sys.argv[1:] if argv is None else argv)
-        start = time.monotonic()
-        if arguments.jobs:
-            commands = _jobs(arguments.shapes, arguments.streams, names)
-            done = compile_ahead(commands, arguments.jobs, arguments.seconds / 2)
-            print(done, file=sys.stderr, flush=True)
-            if arguments.compile_only:
-                return 0
+    report = {"machine": machine(PACKAGES, arguments.commit), "streams": arguments.streams, "shapes": []}
+    report["command"] = command("layer", argv)
+    start = time.monotonic()
+    if arguments.jobs:
+        commands = _jobs(arguments.shapes, arguments.streams, names)
+        done = compile_ahead(commands, arguments.jobs, arguments.seconds / 2)
+        print(done, file=sys.stderr, flush=True)
+        if arguments.compile_only:
+            return 0
 
-        def save() -> None:
-            if arguments.json is not None:
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-            if arguments.markdown is not None:
-                arguments.markdown.write_text(markdown(report))
-
-        gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
-        left = arguments.seconds - (time.monotonic() - start)
-        sizes = (arguments.shapes, arguments.streams, names, arguments.chain)
-        run(*sizes, left, report, save, kernels=arguments.kernels)
-    text = markdown(report)
-    print(text)
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(text)
-    if arguments.plot is not None:
-        plot(report, arguments.plot)
+    gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
+    left = arguments.seconds - (time.monotonic() - start)
+    save = partial(write, arguments, report, markdown)
+    run(arguments.shapes, arguments.streams, names, arguments.chain, left, report, save, kernels=arguments.kernels)
+    finish(arguments, report, markdown, plot)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

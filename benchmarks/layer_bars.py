@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.layer_peers import PEERS
 
-__all__ = ["Verdict", "best_us", "judge"]
+__all__ = ["Verdict", "against_peers", "best_us", "judge"]
 
 FUSED, TRITON = "ours, fused", "ours, fused, all Triton"
 _LARGE, _SMALL = (1280, 4096, 7168), (1280, 4096)

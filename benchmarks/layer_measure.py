@@ -17,6 +17,7 @@ from mhc_layers import reference as oracle
 from mhc_layers.kernels.table import explain, restricted_to
 
 __all__ = [
+    "CHECKED_TOKENS",
     "OURS",
     "Chain",
     "Inputs",
@@ -27,6 +28,7 @@ __all__ = [
     "measure",
     "random_parameters",
     "rows",
+    "survives",
 ]
 
 _STRICT = (1.8e-3, 1.8e-3, 1e-4)

@@ -7,20 +7,13 @@ from typing import Any
 
 from benchmarks.layer_bars import against_peers, best_us, judge
 from benchmarks.layer_peers import PEERS
+from benchmarks.report import measured_on, table
 
 __all__ = ["markdown", "plot"]
 
 
 def _ratio(microseconds: float | None, floor: float) -> str:
     return "-" if microseconds is None else f"{microseconds / floor:.2f} ({microseconds:.0f})"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + " --- |" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
 
 
 def _speed(shape: dict[str, Any]) -> list[str]:
@@ -42,7 +35,7 @@ def _speed(shape: dict[str, Any]) -> list[str]:
         )
     header = ["implementation", "read", "write", "forward", "fwd+bwd in a graph", "fwd+bwd as called"]
     floor_row = ["*floor, us*", *(f"{floor[key]:.0f}" for key in ("pre", "post", "forward", "both", "both"))]
-    return _table(header, [floor_row, *rows])
+    return table(header, [floor_row, *rows])
 
 
 def _chains(shape: dict[str, Any]) -> list[str]:
@@ -66,7 +59,7 @@ def _chains(shape: dict[str, Any]) -> list[str]:
         header += [f"{step}, {short} sites", f"{step}, {length} sites", f"{step}, without the ends"]
     header += ["fwd+bwd as called", "kept, bytes"]
     text = f"Chains of {short} and {length} sites. Without the ends: what each of the last {length - short} sites adds."
-    return ["", text, "", *_table(header, rows)]
+    return ["", text, "", *table(header, rows)]
 
 
 def _kernels(shape: dict[str, Any], rate: float) -> list[str]:
@@ -81,7 +74,7 @@ def _kernels(shape: dict[str, Any], rate: float) -> list[str]:
         else:
             floor = row["streams"] * stream / rate * 1e6
             rows.append([row["name"], row["row"], f"{row['streams']} E", _ratio(row["us"], floor)])
-    return ["", "Kernels alone, in a graph:", "", *_table(["kernel", "row", "bytes", "time / bytes (us)"], rows)]
+    return ["", "Kernels alone, in a graph:", "", *table(["kernel", "row", "bytes", "time / bytes (us)"], rows)]
 
 
 def _bars(report: dict[str, Any]) -> list[str]:
@@ -97,14 +90,13 @@ def _bars(report: dict[str, Any]) -> list[str]:
         word = {True: "met", False: "**missed**", None: "not measured"}[verdict.met]
         cells = [number(value, verdict.unit) for value in (verdict.value, verdict.bar, verdict.stretch)]
         rows.append([verdict.what, *cells, word])
-    lines = ["## Bars", "", *_table(["bar", "measured", "bar", "stretch", ""], rows)]
-    lines += [
-        "",
-        "How many times longer a peer takes than ours with fused boundaries, forward and backward per site, best",
-    ]
-    lines[-1] += " of graph and as called; the last column: the fastest peer as called over one site of ours as called."
+    lines = ["## Bars", "", *table(["bar", "measured", "bar", "stretch", ""], rows)]
+    text = (
+        "How many times longer a peer takes than ours with fused boundaries, forward and backward per site, best of "
+        "graph and as called; the last column: the fastest peer as called over one site of ours as called."
+    )
     header = ["tokens x C", *(peer.name for peer in PEERS), "fastest peer, as called"]
-    return [*lines, "", *_table(header, against_peers(report))]
+    return [*lines, "", text, "", *table(header, against_peers(report))]
 
 
 def _accuracy(shape: dict[str, Any]) -> list[str]:
@@ -122,18 +114,16 @@ def _accuracy(shape: dict[str, Any]) -> list[str]:
         found = [f"{row['errors'][name]:.1e}" for name in names]
         rows.append([row["name"], row["convention"], *found, same, *numbers])
     header = ["implementation", "convention", *names, "same bits twice", "kept, bytes a token", "peak"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """Render a report. Ratios to the floor come first, microseconds in brackets."""
     about, rate = report["machine"], report["copy_bytes_per_second"] / 1e9
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"# One mHC site, n = {report['streams']}, bfloat16 streams",
         "",
-        f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
-        f"{about['commit']}. Copy rate of this run: {rate:.0f} GB/s (read plus write).",
+        f"{measured_on(about)}. Copy rate of this run: {rate:.0f} GB/s (read plus write).",
         f"Command: `{report.get('command', '')}`",
         *(["", report["note"]] if "note" in report else []),
         "",

@@ -15,23 +15,37 @@ import importlib
 import importlib.util
 import json
 import signal
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import birkhoff
-from benchmarks.timing import command, host_machine, time_host
+from benchmarks.report import add_options, command, finish, write
+from benchmarks.timing import host_machine, time_host
 from birkhoff import reference
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
-__all__ = ["CASES", "CONTESTANTS", "Case", "Contestant", "main", "run"]
+__all__ = [
+    "CASES",
+    "CONTESTANTS",
+    "Case",
+    "Contestant",
+    "Device",
+    "everything",
+    "main",
+    "measure",
+    "refusal",
+    "run",
+    "time_limit",
+    "torch_call",
+]
 
 PACKAGES: tuple[str, ...] = (
     "birkhoff-mhc",
@@ -116,10 +130,7 @@ CASES = (
     Case(4, 2**16, gradient=True),
     Case(16, 2**12, gradient=True),
 )
-"""CPU cases. Cases of other devices are added by the modules named in ``EXTENSIONS``."""
-
-EXTENSIONS = ("benchmarks.projection_gpu",)
-"""Modules with further ``CASES`` and ``CONTESTANTS``, and for their device ``DEVICES``: what a :class:`Device` has."""
+"""CPU cases; those of a GPU are in :mod:`benchmarks.projection_gpu`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Device:
     """What differs between devices: timer, description, page, compilation before any row, and the floor's rate."""
 
     time: Callable[[list[Callable[[], Any]]], dict[str, Any]]
-    describe: Callable[[], dict[str, Any]]
+    describe: Callable[[str | None], dict[str, Any]]
     markdown: Callable[[dict[str, Any]], str]
     prepare: Callable[[Any, float], dict[str, Any]] = lambda rows, seconds: {}
     floor: Callable[[], dict[str, Any]] = lambda: {}
@@ -371,15 +382,19 @@ def run(
     save: Callable[[dict[str, Any]], None] = lambda report: None,
     budget: float = float("inf"),
     compile_ahead: float = 45.0,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """Measure every contestant on every case, in turns; ``save`` gets the report after each row.
 
     Once ``budget`` seconds are spent the remaining rows say so instead of running. Compilers get ``compile_ahead``
-    seconds before the first row.
+    seconds before the first row. ``commit`` is for a tree without its git folder.
     """
     started = time.monotonic()
     entries = [{"case": asdict(case) | {"title": case.title, "floor_bytes": case.floor_bytes}} for case in cases]
-    report: dict[str, Any] = {"machine": device.describe(), "results": [entry | {"rows": []} for entry in entries]}
+    report: dict[str, Any] = {
+        "machine": device.describe(commit),
+        "results": [entry | {"rows": []} for entry in entries],
+    }
     pairs = [(index, contestant) for index in range(len(cases)) for contestant in contestants]
     pairs.sort(key=lambda pair: pair[1].turn)
     report |= device.prepare([(cases[index], contestant) for index, contestant in pairs], compile_ahead)
@@ -439,80 +454,55 @@ def _time_host(calls: list[Callable[[], Any]]) -> dict[str, Any]:
     return {"median": median, "fastest": fastest}
 
 
-HOST = Device(_time_host, lambda: host_machine(PACKAGES), markdown)
+HOST = Device(_time_host, partial(host_machine, PACKAGES), markdown)
 
 
-def _extensions() -> tuple[tuple[Case, ...], tuple[Contestant, ...], dict[str, Device]]:
-    """Cases, contestants and devices, with those of the modules that exist."""
-    cases, contestants, devices = list(CASES), list(CONTESTANTS), {"cpu": HOST}
-    for name in EXTENSIONS:
-        if importlib.util.find_spec(name) is not None:
-            module = importlib.import_module(name)
-            cases += module.CASES
-            contestants += module.CONTESTANTS
-            devices |= module.DEVICES
-    return tuple(cases), tuple(contestants), devices
+def everything() -> tuple[tuple[Case, ...], tuple[Contestant, ...], dict[str, Device]]:
+    """Cases, contestants and devices: those of a GPU too where torch is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return CASES, CONTESTANTS, {"cpu": HOST}
+    from benchmarks import projection_gpu  # needs torch
+
+    return (
+        CASES + projection_gpu.CASES,
+        CONTESTANTS + projection_gpu.CONTESTANTS,
+        {"cpu": HOST} | projection_gpu.DEVICES,
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run ``python -m benchmarks projection``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks projection", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="run the cases of this device")
+    cases, contestants, devices = everything()
+    parser.add_argument("--device", choices=list(devices), default="cpu", help="run the cases of this device")
     parser.add_argument("--cases", nargs="+", help="only titles that contain one of these")
     parser.add_argument("--names", nargs="+", help="only contestants whose name contains one of these")
     parser.add_argument("--threads", type=int, help="threads of torch (NumPy reads OMP_NUM_THREADS)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--compile-ahead", type=float, default=45.0, help="seconds for compilers before the first row")
     parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
-    parser.add_argument("--json", type=Path, help="write the report here, after every row")
-    parser.add_argument("--markdown", type=Path, help="write the page here, after every row")
-    parser.add_argument("--plot", type=Path, help="draw a figure here at the end (GPU reports; needs matplotlib)")
-    parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
-    parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
+    add_options(parser)
     arguments = parser.parse_args(argv)
-    cases, contestants, devices = _extensions()
     device = devices[arguments.device]
     if arguments.from_json is not None:
-        report = json.loads(arguments.from_json.read_text())
-        _write(arguments, device, report)
-        _draw(arguments, device, report)
-        print(device.markdown(report))
+        finish(arguments, json.loads(arguments.from_json.read_text()), device.markdown, device.plot)
         return 0
-    if arguments.commit is not None:
-        measured = {"commit": arguments.commit}
-        device = replace(device, describe=lambda describe=device.describe: describe() | measured)
     cases = tuple(c for c in cases if c.device == arguments.device and _named(c.title, arguments.cases))
     contestants = tuple(c for c in contestants if _named(c.name, arguments.names))
-    about: dict[str, Any] = {
-        "threads": _threads(arguments.threads),
-        "command": command("projection", sys.argv[2:] if argv is None else argv),
-    }
+    about = {"threads": _threads(arguments.threads), "command": command("projection", argv)}
     if arguments.compile_only:
         print(device.prepare([(case, peer) for case in cases for peer in contestants], arguments.compile_ahead))
         return 0
 
     def save(report: dict[str, Any]) -> None:
-        _write(arguments, device, report | about)
+        write(arguments, report | about, device.markdown)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = run(cases, contestants, device, save, arguments.budget, arguments.compile_ahead)
-    print(device.markdown(report | about))
-    _draw(arguments, device, report)
+        report = run(cases, contestants, device, save, arguments.budget, arguments.compile_ahead, arguments.commit)
+    finish(arguments, report | about, device.markdown, device.plot)
     wrong = [row for result in report["results"] for row in result["rows"] if row["ours"] and "wrong" in row]
     return 1 if wrong else 0
-
-
-def _write(arguments: argparse.Namespace, device: Device, report: dict[str, Any]) -> None:
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(device.markdown(report))
-
-
-def _draw(arguments: argparse.Namespace, device: Device, report: dict[str, Any]) -> None:
-    if arguments.plot is not None and device.plot is not None:
-        device.plot(report, arguments.plot)
 
 
 def _threads(wanted: int | None) -> Any:

@@ -13,25 +13,25 @@ import importlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import large_matrix, projection_report
+from benchmarks.ahead import compile_ahead
 from benchmarks.device import copy_rate, free, machine, time_calls
-from benchmarks.projection import PACKAGES, Case, Contestant, Device, refusal, time_limit, torch_call
+from benchmarks.projection import PACKAGES, Case, Contestant, Device, everything, refusal, time_limit, torch_call
 
-__all__ = ["CASES", "CONTESTANTS", "DEVICES", "DeviceCase", "compile_ahead"]
+__all__ = ["CASES", "CONTESTANTS", "DEVICES", "DeviceCase"]
 
 _SECOND_LEVEL_CACHE = 50 << 20
 
 _COMPILE_LIMIT = 90.0
-"""Seconds that a process of :func:`compile_ahead` gives to one row."""
+"""Seconds that a process of :func:`_prepare` gives to one row."""
 
 _ENOUGH_BYTES = 16 << 30
 """Memory that rows may leave in the allocator before the next one returns it."""
@@ -219,36 +219,22 @@ CONTESTANTS = (
 # The device
 
 
-def compile_ahead(rows: Sequence[tuple[Case, Contestant]], seconds: float) -> float:
-    """Run what compiles once, in processes side by side that are ended after so many seconds; the seconds taken."""
+def _prepare(rows: Sequence[tuple[Case, Contestant]], seconds: float) -> dict[str, Any]:
+    """Run what compiles once, in processes side by side that are ended after so many seconds."""
     tasks, seen = [], set()
     for case, contestant in rows:
         kept = (contestant.name, case.n, case.gradient, case.batch if contestant.compiles == "exact" else 0)
         if contestant.compiles and refusal(contestant, case) is None and kept not in seen:
             seen.add(kept)
             tasks.append((case.title, contestant.name))
-    started, workers = time.monotonic(), max(1, min(len(tasks), len(os.sched_getaffinity(0)) - 1))
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.projection_gpu", json.dumps(tasks[index::workers])],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        for index in range(workers)
-    ]  # fmt: skip
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.1, seconds - (time.monotonic() - started)))
-        if process.poll() is None:
-            process.kill()
-    return time.monotonic() - started
+    workers = min(len(tasks), max(1, len(os.sched_getaffinity(0)) - 1))
+    commands = [[json.dumps(tasks[index::workers])] for index in range(workers)]
+    return {"compiled_ahead": compile_ahead(commands, workers, seconds, module=__name__, threads=4)}
 
 
 def _compile(tasks: list[list[str]]) -> None:
-    """A process of :func:`compile_ahead`: one call of each task, whatever comes of it."""
-    from benchmarks.projection import _extensions
-
-    cases, contestants, _ = _extensions()
+    """A process of :func:`_prepare`: one call of each task, whatever comes of it."""
+    cases, contestants, _ = everything()
     for title, name in tasks:
         case = next(case for case in cases if case.title == title and case.device == "cuda")
         contestant = next(contestant for contestant in contestants if contestant.name == name)
@@ -259,10 +245,6 @@ def _compile(tasks: list[list[str]]) -> None:
             contestant.prepare(case, logits, upstream)()
             torch.cuda.synchronize()
         torch.compiler.reset()
-
-
-def _prepare(rows: Sequence[tuple[Case, Contestant]], seconds: float) -> dict[str, Any]:
-    return {"compiled_ahead_seconds": compile_ahead(rows, seconds)}
 
 
 def _time(calls: list[Callable[[], Any]]) -> dict[str, Any]:
@@ -282,14 +264,10 @@ def _after(contestant: Contestant) -> None:
         torch.compiler.reset()
 
 
-def _describe() -> dict[str, Any]:
-    return machine(PACKAGES)
-
-
 DEVICES = {
     "cuda": Device(
         _time,
-        _describe,
+        partial(machine, PACKAGES),
         projection_report.markdown,
         prepare=_prepare,
         floor=lambda: {"copy_bytes_per_second": copy_rate()},

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import measured_on, table
+
 __all__ = ["markdown", "plot"]
 
 
@@ -90,14 +92,6 @@ def _against_peers(rows: _Rows) -> tuple[str, str, str]:
     return "faster than every peer of this run", text, "met" if min(factors) > 1 else "**missed**"
 
 
-def _table(header: list[str], lines: list[list[str]]) -> list[str]:
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + " --- |" * len(header),
-        *("| " + " | ".join(line) + " |" for line in lines),
-    ]
-
-
 def _batches(rows: _Rows, gradient: bool, cell: Callable[[dict[str, Any], dict[str, Any]], str]) -> list[str]:
     """Implementations down, sizes across."""
     results = [
@@ -116,7 +110,7 @@ def _batches(rows: _Rows, gradient: bool, cell: Callable[[dict[str, Any], dict[s
         return ["Nothing measured yet."]
     header = ["implementation", *(f"n = {r['case']['n']}, 2^{r['case']['batch'].bit_length() - 1}" for r in results)]
     floors = [f"{1e6 * result['case']['floor_bytes'] / rows.rate:.1f}" for result in results]
-    return _table(header, [["*floor, us*", *floors], *lines])
+    return table(header, [["*floor, us*", *floors], *lines])
 
 
 def _others(rows: _Rows) -> list[str]:
@@ -139,7 +133,7 @@ def _others(rows: _Rows) -> list[str]:
             for row in timed
         ]
         header = ["implementation", "x our fastest", "us", "us as called", "x floor", "errors"]
-        lines += ["", f"## {case['title'][0].upper()}{case['title'][1:]}", "", *_table(header, cells)]
+        lines += ["", f"## {case['title'][0].upper()}{case['title'][1:]}", "", *table(header, cells)]
     return lines
 
 
@@ -156,7 +150,7 @@ def _accuracy(rows: _Rows) -> list[str]:
             entries = max(errors.get("entries", 0.0) for errors in found)
             gradients = [errors["gradient"] for errors in found if "gradient" in errors]
             lines.append([name, f"{entries:.3f}", f"{max(gradients):.1e}" if gradients else ""])
-    return _table(["implementation", "entries, of 4 n u max(1, range / 16)", "gradient, of the largest"], lines)
+    return table(["implementation", "entries, of 4 n u max(1, range / 16)", "gradient, of the largest"], lines)
 
 
 def _not_timed(rows: _Rows) -> list[str]:
@@ -179,14 +173,12 @@ def _not_timed(rows: _Rows) -> list[str]:
 def markdown(report: dict[str, Any]) -> str:
     """Render a report; cells are times over floor with microseconds in brackets."""
     about, rows = report["machine"], _Rows(report)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     if not rows.rate:
         return "# Projection on a GPU\n\nNothing measured yet.\n"
     lines = [
         "# Projection on a GPU",
         "",
-        f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
-        f"{about['commit']}. Copy rate of this run: {rows.rate / 1e9:.0f} GB/s (read plus write).",
+        f"{measured_on(about)}. Copy rate of this run: {rows.rate / 1e9:.0f} GB/s (read plus write).",
         f"Command: `{report.get('command', '')}`",
         *(["", report["note"]] if "note" in report else []),
         "",
@@ -197,7 +189,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "## Bars",
         "",
-        *_table(["bar", "this run", ""], [list(line) for line in _bars(rows)]),
+        *table(["bar", "this run", ""], [list(line) for line in _bars(rows)]),
     ]
 
     def best(case: dict[str, Any], row: dict[str, Any]) -> str:

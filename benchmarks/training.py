@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from benchmarks.ahead import compile_ahead
 from benchmarks.device import copy_rate, free, machine, time_calls
 from benchmarks.layer import PACKAGES
 from benchmarks.layer_measure import floors, survives
-from benchmarks.timing import command
+from benchmarks.report import add_options, command, finish, write
 from benchmarks.training_report import markdown, plot
 from mhc_layers import Transformer, TransformerConfig
 from mhc_layers._recompute import kept_bytes
@@ -265,63 +265,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=600.0, help="start no row later than this")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
     parser.add_argument("--compile-only", action="store_true", help="fill the caches on disk, measure nothing")
-    parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
-    parser.add_argument("--json", type=Path, help="write the report here, after every row")
-    parser.add_argument("--markdown", type=Path, help="write the tables here, after every row")
-    parser.add_argument("--plot", type=Path, help="write a figure here (needs matplotlib)")
-    parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
+    add_options(parser)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run ``python -m benchmarks training``."""
     arguments = _parser().parse_args(argv)
     shape = (arguments.layers, arguments.batch, arguments.sequence)
     if arguments.from_json is not None:
-        report = json.loads(arguments.from_json.read_text())
-    elif not torch.cuda.is_available():
+        finish(arguments, json.loads(arguments.from_json.read_text()), markdown, plot)
+        return 0
+    if not torch.cuda.is_available():
         print("benchmarks training needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
         return 2
-    elif arguments.compile_only and not arguments.jobs:
+    if arguments.compile_only and not arguments.jobs:
         for dim in arguments.dims:
             compile_only(dim, *shape, arguments.names)
         return 0
-    else:
-        report = {"machine": machine(PACKAGES, arguments.commit), "widths": []}
-        report |= {"layers": arguments.layers, "batch": arguments.batch, "sequence": arguments.sequence}
-        report["command"] = command("training", sys.argv[1:] if argv is None else argv)
-        start = time.monotonic()
-        if arguments.jobs:
-            options = ["--layers", "--batch", "--sequence"]
-            sizes = [text for pair in zip(options, map(str, shape), strict=True) for text in pair]
-            commands = [
-                ["training", "--compile-only", "--dims", str(dim), "--names", name, *sizes]
-                for dim in arguments.dims
-                for name in arguments.names
-                if name in COMPILE_FIRST
-            ]
-            print(compile_ahead(commands, arguments.jobs, arguments.seconds / 2), file=sys.stderr, flush=True)
-            if arguments.compile_only:
-                return 0
+    report = {"machine": machine(PACKAGES, arguments.commit), "widths": []}
+    report |= {"layers": arguments.layers, "batch": arguments.batch, "sequence": arguments.sequence}
+    report["command"] = command("training", argv)
+    start = time.monotonic()
+    if arguments.jobs:
+        options = ["--layers", "--batch", "--sequence"]
+        sizes = [text for pair in zip(options, map(str, shape), strict=True) for text in pair]
+        commands = [
+            ["training", "--compile-only", "--dims", str(dim), "--names", name, *sizes]
+            for dim in arguments.dims
+            for name in arguments.names
+            if name in COMPILE_FIRST
+        ]
+        print(compile_ahead(commands, arguments.jobs, arguments.seconds / 2), file=sys.stderr, flush=True)
+        if arguments.compile_only:
+            return 0
 
-        def save() -> None:
-            if arguments.json is not None:
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-            if arguments.markdown is not None:
-                arguments.markdown.write_text(markdown(report))
-
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # a step that fell back to eager is no measurement
-        gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
-        left = arguments.seconds - (time.monotonic() - start)
-        run(arguments.dims, *shape, arguments.names, not arguments.no_graph, left, report, save)
-    text = markdown(report)
-    print(text)
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(text)
-    if arguments.plot is not None:
-        plot(report, arguments.plot)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # a step that fell back to eager is no measurement
+    gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
+    left = arguments.seconds - (time.monotonic() - start)
+    save = partial(write, arguments, report, markdown)
+    run(arguments.dims, *shape, arguments.names, not arguments.no_graph, left, report, save)
+    finish(arguments, report, markdown, plot)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import measured_on, table
+
 __all__ = ["markdown", "overhead", "plot"]
 
 #: what the fused connection may cost over the residual at C = 4096, and the paper's own number
@@ -22,21 +24,16 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} %"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    head = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return [*head, *("| " + " | ".join(row) + " |" for row in rows)]
-
-
 def _rows(timed: list[dict[str, Any]], base: dict[str, Any] | None, tokens: int) -> list[list[str]]:
-    table = []
+    lines = []
     for row in timed:
         cells = [row["name"]]
         for key in ("called_us", "graph_us"):
             cells.append(_percent(overhead(row, base, key)))
             found = row.get(key)
             cells += ["-", "-"] if found is None else [f"{found / 1e3:.2f}", f"{tokens / found * 1e6:.0f}"]
-        table.append([*cells, f"{row['kept_bytes'] / 1e9:.2f}", f"{row['peak_bytes'] / 1e9:.2f}"])
-    return table
+        lines.append([*cells, f"{row['kept_bytes'] / 1e9:.2f}", f"{row['peak_bytes'] / 1e9:.2f}"])
+    return lines
 
 
 def _width(width: dict[str, Any], tokens: int) -> list[str]:
@@ -44,7 +41,7 @@ def _width(width: dict[str, Any], tokens: int) -> list[str]:
     base = timed.get("residual")
     header = ["connection", "overhead as called", "step, ms", "tokens/s"]
     header += ["overhead in a graph", "step, ms", "tokens/s", "kept, GB", "peak, GB"]
-    lines = ["", f"## C = {width['dim']}", "", *_table(header, _rows(list(timed.values()), base, tokens))]
+    lines = ["", f"## C = {width['dim']}", "", *table(header, _rows(list(timed.values()), base, tokens))]
     if base is not None:
         floor = width["connections_floor_us"] / min(base[k] for k in ("called_us", "graph_us") if base.get(k)) * 100
         text = (
@@ -74,7 +71,7 @@ def _width(width: dict[str, Any], tokens: int) -> list[str]:
     ]
     if agreements:
         lines += ["", "Relative difference from plain torch:", ""]
-        lines += _table(["connection", "loss", "gradient of the embedding", "gradient of phi"], agreements)
+        lines += table(["connection", "loss", "gradient of the embedding", "gradient of phi"], agreements)
     skipped = [f"- {row['name']}: {row['skipped']}" for row in width["rows"] if "skipped" in row]
     skipped += [
         f"- {row['name']}, in a graph: {row['graph_refused']}" for row in timed.values() if row["graph_refused"]
@@ -85,13 +82,11 @@ def _width(width: dict[str, Any], tokens: int) -> list[str]:
 def markdown(report: dict[str, Any]) -> str:
     """Render a report; overhead is over the residual baseline of the same run."""
     about = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     tokens = report["batch"] * report["sequence"]
     lines = [
         "# Forward and backward of a dense Transformer, n = 4, bfloat16",
         "",
-        f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
-        f"{about['commit']}. Copy rate of this run: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s.",
+        f"{measured_on(about)}. Copy rate of this run: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s.",
         f"Command: `{report.get('command', '')}`",
         *(["", report["note"]] if "note" in report else []),
         "",

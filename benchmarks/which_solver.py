@@ -1,6 +1,6 @@
 """The decision table of ``docs/how_to/which_solver``: what each solver leaves of the marginals, and what it costs.
 
-``python -m benchmarks.which_solver --device cuda --markdown table.md``; ``--device cpu`` for NumPy. Errors are of the
+``python -m benchmarks which_solver --device cuda --markdown table.md``; ``--device cpu`` for NumPy. Errors are of the
 side that a solver does not make exact, over every matrix of a float32 batch of normal logits, in float64 sums. Times
 are of the public call and relative to ``SinkhornKnopp()`` in the same line.
 """
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 import birkhoff
+from benchmarks.timing import time_host
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
 __all__ = ["CHOICES", "Choice", "lines", "main"]
@@ -24,7 +25,7 @@ __all__ = ["CHOICES", "Choice", "lines", "main"]
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to call ``birkhoff.project``."""
+    """A way to call ``birkhoff.project``, under the title of its column; called with logits, it gives the matrix."""
 
     title: str
     solver: Any
@@ -58,8 +59,6 @@ def _on_device(batch: int, n: int, std: float) -> Any:
 
 
 def _host_seconds(call: Callable[[], Any]) -> float:
-    from benchmarks.timing import time_host
-
     return time_host([call], budget=0.5)[1]
 
 
@@ -90,9 +89,9 @@ def lines(
             yield (str(n), f"{std:g}", *cells)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table, and write it line by line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> int:
+    """Run ``python -m benchmarks which_solver``: print the table, and write it line by line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks which_solver", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--stds", type=float, nargs="+", default=[1.0, 3.0, 10.0, 30.0])
@@ -111,7 +110,4 @@ def main(argv: list[str] | None = None) -> None:
         print(line, end="", flush=True)
         if arguments.markdown is not None:
             arguments.markdown.write_text(text)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -15,7 +15,7 @@ from benchmarks import (
     layer_measure,
     layer_peers,
     layer_report,
-    timing,
+    report,
 )
 from mhc_layers import PAPER
 from mhc_layers._torch_ops import fused_site
@@ -80,7 +80,7 @@ def test_a_job_that_fails_or_is_late_is_counted_and_not_raised() -> None:
 
 def test_a_report_names_its_command_without_its_files() -> None:
     arguments = ["--shapes", "16x8", "--json", "/some/where", "--chain", "0", "--commit=abc", "--plot", "p.svg"]
-    assert timing.command("layer", arguments) == "python -m benchmarks layer --shapes 16x8 --chain 0"
+    assert report.command("layer", arguments) == "python -m benchmarks layer --shapes 16x8 --chain 0"
 
 
 def test_what_is_not_reproducible_is_seen() -> None:

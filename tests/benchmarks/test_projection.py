@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from benchmarks import projection
-from benchmarks.__main__ import main
+from benchmarks.__main__ import SUBJECTS, main
 from benchmarks.projection import Case, Contestant, measure
 from birkhoff import reference
 
 SMALL = Case(3, 40)
+REPORTS = Path(projection.__file__).parent / "reports"
 
 
 def timer(calls: Any) -> dict[str, Any]:
@@ -75,4 +76,24 @@ def test_the_command_writes_a_dated_report(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_unknown_subject_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nonsense"]) == 2
-    assert "projection" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert all(f"  {subject} " in printed for subject in SUBJECTS)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_subject_has_a_command_line(subject: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(SystemExit, match="0"):
+        main([subject, "--help"])
+    assert f"usage: python -m benchmarks {subject} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("subject", ["layer", "projection", "sinkhorn", "training"])
+def test_committed_pages_are_what_their_json_renders_to(subject: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    device = "cpu" if subject == "projection" else "h100"
+    page = next(REPORTS.glob(f"{subject}_{device}_*.md"))
+    command = {"sinkhorn": ["projection", "--device", "cuda"]}.get(subject, [subject])
+    written = tmp_path / "page.md"
+    assert main([*command, "--from-json", str(page.with_suffix(".json")), "--markdown", str(written)]) == 0
+    assert written.read_text() == page.read_text()

@@ -47,7 +47,7 @@ def contestant(name: str, function: Any, **options: Any) -> Contestant:
 
 
 def device(**options: Any) -> Device:
-    return Device(lambda calls: {"median": 2.0, "fastest": 1.0, "graph": None}, lambda: {}, str, **options)
+    return Device(lambda calls: {"median": 2.0, "fastest": 1.0, "graph": None}, lambda commit: {}, str, **options)
 
 
 def test_ours_run_first_and_every_row_is_saved_when_it_is_there() -> None:

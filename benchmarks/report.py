@@ -1,0 +1,106 @@
+"""What the reports of all benchmarks share: where and how it was measured, options, files and tables."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_options", "command", "finish", "measured_on", "provenance", "table", "write"]
+
+#: options that do not say what was measured
+_LEFT_OUT = ("--json", "--markdown", "--plot", "--commit")
+
+
+def provenance(packages: Sequence[str], commit: str | None = None) -> dict[str, Any]:
+    """Date, Python, the versions of what is installed, and the commit (told, or else asked of git)."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": {name: version for name in packages if (version := _version(name)) is not None},
+        "commit": commit or _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if found.returncode == 0:
+            clean = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True, check=False)
+            return found.stdout.strip() + ("" if clean.returncode == 0 else " with uncommitted changes")
+    return "unknown"
+
+
+def measured_on(about: dict[str, Any]) -> str:
+    """The sentence of a GPU report that says where it was measured, without its full stop."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
+        f"{about['commit']}"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a report: where it is written and what it is rendered from."""
+    parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
+    parser.add_argument("--json", type=Path, help="write the report here, after every row")
+    parser.add_argument("--markdown", type=Path, help="write the tables here, after every row")
+    parser.add_argument("--plot", type=Path, help="draw a figure here at the end (GPU reports; needs matplotlib)")
+    parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
+
+
+def command(subject: str, arguments: Sequence[str]) -> str:
+    """Return the command that a report names: without where it was written and which commit it was told."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if not skip and name not in _LEFT_OUT:
+            kept.append(argument)
+        skip = not skip and argument in _LEFT_OUT
+    return shlex.join(["python", "-m", "benchmarks", subject, *kept])
+
+
+def write(arguments: argparse.Namespace, report: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> None:
+    """Write the files that were asked for, but for the figure."""
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(report))
+
+
+def finish(
+    arguments: argparse.Namespace,
+    report: dict[str, Any],
+    markdown: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None] | None,
+) -> None:
+    """Write every file that was asked for, and print the page."""
+    write(arguments, report, markdown)
+    print(markdown(report))
+    if arguments.plot is not None and plot is not None:
+        plot(report, arguments.plot)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + " --- |" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
