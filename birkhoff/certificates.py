@@ -174,8 +174,9 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
 
     Raises
     ------
-    ShapeError, DtypeError, OptionError
-        If the matrices are not square or n is 0; if they are not real floating; if an option is out of range.
+    ArrayTypeError, ShapeError, DtypeError, OptionError
+        For what is not a dense array; if the matrices are not square or n is 0; if they are not real floating; if an
+        option is out of range.
 
     Notes
     -----
@@ -235,7 +236,7 @@ def certify_product(
 
     Raises
     ------
-    ShapeError, DtypeError, OptionError
+    ArrayTypeError, ShapeError, DtypeError, OptionError
         As in :func:`certify`; also if the stack is empty or its factors differ in shape, or for an unknown order.
 
     Notes

@@ -29,8 +29,8 @@ def decompose(matrix: Any, *, tol: float | None = None, max_terms: int | None = 
         Non-negative. It is rounded to the polytope first (:func:`round_to_polytope`), so a truncated projection is
         accepted; what is decomposed is the rounded matrix.
     tol : float, optional
-        Weights up to ``tol`` are dropped and the rest rescaled. Default: the largest of :math:`8 n` units of roundoff
-        of the input dtype and zero, which the rounding of the input cannot tell from zero.
+        Weights up to ``tol`` are dropped and the rest rescaled; at least 0 and below 1/n. Default: :math:`8 n` units of
+        roundoff of the input dtype, which the rounding of the input cannot tell from zero.
     max_terms : int, optional
         Stop after this many terms and rescale the weights: an approximation by few permutations.
 
@@ -46,7 +46,7 @@ def decompose(matrix: Any, *, tol: float | None = None, max_terms: int | None = 
     MissingPackageError
         If SciPy, whose bipartite matching is used, is not installed.
     ArrayTypeError, DtypeError
-        If ``matrix`` is not an array, or not real floating.
+        If ``matrix`` is not a dense array, or not real floating.
     ShapeError, NonFiniteError, OptionError
         If the matrices are not square or ``n`` is 0, an entry is not finite, or an option is out of its domain.
 

@@ -82,8 +82,9 @@ def diagnose(matrix: Any) -> Diagnostics:
 
     Raises
     ------
-    ShapeError, DtypeError
-        If the last two axes are not a non-empty square; if the values are not real floating.
+    ArrayTypeError, ShapeError, DtypeError
+        For what is not a dense array; if the last two axes are not a non-empty square; if the values are not real
+        floating.
 
     Examples
     --------

@@ -160,8 +160,8 @@ def project_large(
 
     Raises
     ------
-    ShapeError, DtypeError, OptionError
-        If the matrices are not square, not real floating, or an option is out of its domain.
+    ArrayTypeError, ShapeError, DtypeError, OptionError
+        For what is not a dense array, matrices that are not square or not real floating, an option out of its domain.
     ProjectionError
         With ``throw``, as said there.
 

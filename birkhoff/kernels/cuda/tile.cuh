@@ -352,7 +352,7 @@ INLINE int matrix_piece_at(int p) {
 }
 INLINE bool has_piece(int k) { return TILE_PIECES % 32 == 0 || k * 32 + (int)(threadIdx.x & 31) < TILE_PIECES; }
 
-// Start copying the warp's tile; bytes beyond the batch read as zero. A tile that lies in the batch is copied without bounds.
+// Start copying 16 bytes to shared memory, of which so many are read and the rest is zero.
 INLINE void fetch_piece(unsigned char* to, const unsigned char* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
   u32 address = (u32)__cvta_generic_to_shared(to);
@@ -361,6 +361,7 @@ INLINE void fetch_piece(unsigned char* to, const unsigned char* from, int bytes)
   for (int k = 0; k < 16; k++) to[k] = k < bytes ? from[k] : 0;
 #endif
 }
+// Start copying the warp's tile; bytes beyond the batch read as zero. A tile that lies in the batch is copied without bounds.
 INLINE void fetch_tile(unsigned char* shared, const element* source, i64 first, i64 batch) {
   const unsigned char* from = (const unsigned char*)(source + first * (N * N)) + (threadIdx.x & 31) * 16;
   if (first + 32 <= batch) {

@@ -432,7 +432,8 @@ def sinkhorn_vjp(
 
     LENGTH iterations are kept in registers at a time (2 n numbers each); earlier ones are replayed, so that any
     `num_iters` works: with T a multiple of LENGTH, T (T / LENGTH + 1) / 2 forward iterations are computed in all.
-    WHOLE: `num_iters` is LENGTH, known when compiling, and nothing is replayed.
+    WHOLE: all full iterations are LENGTH (`num_iters`; one less for DAMPED, whose first half step is the softmax),
+    known when compiling, and nothing is replayed.
     """
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
     masked = _masked_logits(logits, n, LANE)
