@@ -7,15 +7,14 @@ bfloat16 and the same float32 parameters; what each does with them is in its ``n
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from benchmarks import tile_kernels
 from mhc_layers import DEEPSEEK_V4, PAPER
 from mhc_layers.conventions import Convention
 
@@ -79,11 +78,7 @@ class TileKernels:
     """TileKernels 1.0.0: phi rounded to TF32, one read for the projection and one for u."""
 
     def __init__(self, parameters: Parameters, num_streams: int) -> None:
-        if importlib.util.find_spec("tilelang.utils.target") is None:  # what TileKernels 1.0.0 imports it by
-            sys.modules["tilelang.utils.target"] = importlib.import_module("tilelang.backend.target")
-        from tile_kernels.modeling.mhc import functional
-
-        self._functional, self._n = functional, num_streams
+        self._functional, self._n = tile_kernels.load("tile_kernels.modeling.mhc.functional"), num_streams
         self.leaves = [t.detach().clone().requires_grad_() for t in (parameters.phi, parameters.alpha, parameters.bias)]
 
     def pre(self, x: Tensor) -> tuple[Tensor, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import large_matrix, projection_report
+from benchmarks import large_matrix, projection_report, tile_kernels
 from benchmarks.ahead import compile_ahead
 from benchmarks.device import copy_rate, free, machine, time_calls
 from benchmarks.projection import PACKAGES, Case, Contestant, Device, everything, refusal, time_limit, torch_call
@@ -169,11 +168,7 @@ def _power_of_two(case: Case) -> str | None:
 
 def _tile_kernels(x: Any, case: Case) -> Any:
     """TileKernels' operator with its eps at zero, which is the plain iteration, rows first."""
-    if importlib.util.find_spec("tilelang.utils.target") is None:  # its name until tilelang moved it
-        sys.modules["tilelang.utils.target"] = importlib.import_module("tilelang.backend.target")
-    from tile_kernels.modeling.mhc.ops.sinkhorn import sinkhorn_normalize
-
-    return sinkhorn_normalize(x, case.num_iters, 0.0)
+    return tile_kernels.load("tile_kernels.modeling.mhc.ops.sinkhorn").sinkhorn_normalize(x, case.num_iters, 0.0)
 
 
 def _tile_kernels_serves(case: Case) -> str | None:

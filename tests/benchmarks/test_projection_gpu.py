@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,23 @@ def test_a_row_is_given_up_after_its_limit(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(projection, "ROW_LIMIT", 0.05)
     row = measure(contestant("slow", lambda x: time.sleep(5.0)), Case(2, 8), device().time)
     assert row["failed"] == "TimeoutError: given up after 0.05 s"
+
+
+def test_what_compiles_is_shared_out_to_processes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that compiles for any batch is compiled for one of its batches; rows that do not compile are left out."""
+    asked: list[tuple[list[list[str]], dict[str, Any]]] = []
+    monkeypatch.setattr(projection_gpu, "refusal", lambda contestant, case: None)
+    monkeypatch.setattr(
+        projection_gpu, "compile_ahead", lambda commands, *_, **options: asked.append((commands, options)) or "done"
+    )
+    cases = [case(n=4, batch=batch, gradient=False) for batch in (1 << 20, 1 << 22)]
+    eager = contestant("eager", abs)
+    rows = [(chosen, peer) for chosen in cases for peer in (CUDA, replace(CUDA, name="one", compiles="exact"), eager)]
+    assert projection_gpu._prepare(rows, 10.0) == {"compiled_ahead": "done"}
+    ((commands, options),) = asked
+    tasks = [tuple(task) for (text,) in commands for task in json.loads(text)]
+    assert sorted(tasks) == sorted([(cases[0].title, CUDA.name), *((chosen.title, "one") for chosen in cases)])
+    assert options["module"] == "benchmarks.projection_gpu"
 
 
 def report() -> dict[str, Any]:
