@@ -2,7 +2,8 @@
 
 Without arguments it verifies this library: every solver of `birkhoff.solvers` on every backend that runs here, the
 certificates, roundings, decompositions and layers. With ``--projection package.module:function`` it verifies a
-projection of yours. The exit status is 0 if every claim holds, 1 if one is broken, 2 for wrong arguments.
+projection of yours. The exit status is 0 if every claim holds, 1 if one is broken, 2 for wrong arguments, 130 if none
+is broken but the run ended before all were tried.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     effort.add_argument("--profile", choices=tuple(PROFILES), default="ci", help="number of examples (default: ci)")
     effort.add_argument("--seed", type=int, help="other examples than the fixed ones")
     effort.add_argument("--jobs", type=int, default=1, metavar="N", help="processes to share the claims among")
+    effort.add_argument("--seconds", type=float, metavar="S", help="begin no further claim after S seconds")
     effort.add_argument("--replay", type=Path, metavar="FILE", help="try the failing examples of a JSON report again")
     output = parser.add_argument_group("reports")
     output.add_argument("--detail", action="store_true", help="one line a claim and projection")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write every outcome, failing examples bit for bit")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write every outcome as soon as it is known")
     output.add_argument("--commit", metavar="HASH", help="what the JSON names, where git cannot say it")
     output.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
     output.add_argument("--list", action="store_true", help="print the claims and stop")
@@ -103,32 +105,45 @@ def _interruptible() -> Iterator[None]:
 
 
 def _run(
-    console: Console, chosen: Sequence[Claim], selection: Selection, options: argparse.Namespace
-) -> tuple[list[Outcome], int]:
-    """Return the outcomes in the order of claims, and how many pairs were left when Ctrl-C or a crash stopped it."""
-    found = selection.subjects()
-    order = {(claim.name, subject.title): at for at, (claim, subject) in enumerate(runner.pairs(chosen, found))}
-    seen: list[Outcome] = []
+    console: Console,
+    chosen: Sequence[Claim],
+    selection: Selection,
+    found: Sequence[Any],
+    options: argparse.Namespace,
+    deadline: float | None,
+    keep: Callable[[Sequence[Outcome]], None],
+) -> list[Outcome]:
+    """Return an outcome for each pair of claim and subject, in the order of claims, and `keep` them after each.
+
+    What Ctrl-C, a crash or the budget of seconds left out is "not tried".
+    """
+    outcomes = {
+        (claim.name, subject.title): runner.untried(claim, subject.title)
+        for claim, subject in runner.pairs(chosen, found)
+    }
+    keep(list(outcomes.values()))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("claims", total=len(order))
+        task = progress.add_task("claims", total=len(outcomes))
 
         def advance(outcome: Outcome) -> None:
-            seen.append(outcome)
+            outcomes[outcome.claim.name, outcome.subject] = outcome
+            keep(list(outcomes.values()))
             progress.update(task, advance=1, description=outcome.claim.name)
 
         profile = PROFILES[options.profile]
+        how: dict[str, Any] = {"seed_value": options.seed, "deadline": deadline, "progress": advance}
         try:
             with _interruptible():
                 if options.jobs > 1:
-                    pool.run(chosen, selection, profile, jobs=options.jobs, seed_value=options.seed, progress=advance)
+                    pool.run(chosen, selection, profile, jobs=options.jobs, **how)
                 else:
-                    runner.run(chosen, found, profile, seed_value=options.seed, progress=advance)
+                    runner.run(chosen, found, profile, **how)
         except KeyboardInterrupt:
             pass
         except BrokenProcessPool as error:
             console.print(f"[bold red]error:[/] a process died: {error}", highlight=False)
-    return sorted(seen, key=lambda outcome: order[outcome.claim.name, outcome.subject]), len(order) - len(seen)
+    return list(outcomes.values())
 
 
 def _replay(found: list[Any], path: Path) -> list[Outcome]:
@@ -150,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     sys.path.insert(0, "")  # a projection in the working directory is importable, as with python -m
-    started, left = time.perf_counter(), 0
+    started = time.time()
+    deadline = None if options.seconds is None else started + options.seconds
     try:
         chosen = claims.select(options.claim)
         if options.list:
@@ -158,35 +174,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.jobs < 1:
             raise ValueError(f"--jobs {options.jobs}; give 1 or more")
+        if options.seconds is not None and not options.seconds > 0:
+            raise ValueError(f"--seconds {options.seconds:g}; give more than 0")
         selection = _selection(options)
+        found = selection.subjects()
+        unsaid = ("json", "junit", "commit", "replay", "detail", "list")
+        settings = {name: value for name, value in vars(options).items() if name not in unsaid}
+        facts = report.about(settings, options.commit)
+
+        def keep(outcomes: Sequence[Outcome]) -> None:
+            settings["wall_seconds"] = round(time.time() - started, 1)
+            settings["processor_seconds"] = round(sum(os.times()[:4]), 1)  # with the processes that it waited for
+            settings["not_tried"] = sum(outcome.verdict == "not tried" for outcome in outcomes)
+            if options.json:
+                report.write_json(options.json, outcomes, facts)
+
         if options.replay:
-            outcomes = _replay(selection.subjects(), options.replay)
+            outcomes = _replay(found, options.replay)
         else:
-            outcomes, left = _run(console, chosen, selection, options)
-    except ValueError as error:
+            outcomes = _run(console, chosen, selection, found, options, deadline, keep)
+        keep(outcomes)
+    except (ValueError, OSError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         return 2
-    if not left and not any(outcome.verdict != "not claimed" for outcome in outcomes):
+    if all(outcome.verdict == "not claimed" for outcome in outcomes):
         console.print("nothing to verify: no claim applies to this selection", highlight=False)
         return 2
     report.print_table(console, outcomes, detail=options.detail)
     report.print_failures(console, outcomes)
-    unsaid = ("json", "junit", "commit", "replay", "detail", "list")
-    settings = {name: value for name, value in vars(options).items() if name not in unsaid}
-    spent = sum(os.times()[:4])  # of this process and of those that it started and waited for
-    settings |= {
-        "wall_seconds": round(time.perf_counter() - started, 1),
-        "processor_seconds": round(spent, 1),
-        "not_tried": left,
-    }
-    if options.json:
-        report.write_json(options.json, outcomes, report.about(settings, options.commit))
     if options.junit:
         report.write_junit(options.junit, outcomes)
-    if left:
-        console.print(f"[bold red]interrupted:[/] {left} of {left + len(outcomes)} were not tried", highlight=False)
-        return 130
-    return 1 if any(outcome.verdict == "broken" for outcome in outcomes) else 0
+    if left := settings["not_tried"]:
+        late = deadline is not None and time.time() >= deadline
+        said = f"[bold red]{'out of time' if late else 'interrupted'}:[/] {left} of {len(outcomes)} were not tried"
+        console.print(said, highlight=False)
+    if any(outcome.verdict == "broken" for outcome in outcomes):
+        return 1
+    return 130 if left else 0
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ claim allows.
 _HISTORY = """## On a GPU: what has run, and what has not
 
 No report of the whole suite on CuPy, CUDA C++ and Triton exists yet: the bar of five minutes on an H100 is open. The
-command for it is `python -m proofs --backend cupy --backend cuda --backend triton --profile ci --jobs 15 --json FILE`.
+command for it is `python -m proofs --backend cupy --backend cuda --backend triton --profile ci --jobs 15 --json FILE`,
+with `--seconds 150` where the time on the machine is short.
 
 What has run on one H100 (2026-11-24, an earlier form of the suite, one process for each solver, 20 side by side): on
 CuPy 174 held and 4 were broken (171,982 matrices), on CUDA tensors 159 held and 4 were broken (155,712 matrices). The
@@ -90,8 +91,8 @@ Dead ends of the suite itself:
 - 50 small stacks for each claim: an iteration of some hundred array calls costs a GPU as many launches for 16 matrices
   as for 1000. Examples of one size and dtype are now checked as one stack.
 - A second run, all backends at once with 13 processes beside other work, was cut at 163 s and lost everything: a time
-  limit sends its signal twice, and the second one broke the report. A second signal is now ignored, and a run that is
-  cut reports what it saw.
+  limit sends its signal twice, and the second one broke the report. A second signal is now ignored, and the JSON is
+  written anew after each claim, the most important claims first, so that even a killed run keeps what it saw.
 """
 
 _REPORT = """# Claims, measured: {devices}
@@ -177,7 +178,12 @@ def render_measured(paths: Sequence[Path]) -> str:
         document = json.loads(path.read_text(encoding="utf-8"))
         for record in document["outcomes"]:
             backend = _backend(record)
-            latest.setdefault(backend, {})[record["claim"], record["subject"]] = record  # a later report counts
+            known = latest.setdefault(backend, {})
+            key = record["claim"], record["subject"]
+            if record["verdict"] == "not tried":
+                known.setdefault(key, record)
+            else:
+                known[key] = record  # a later report counts
             facts[backend] = document
     lines = [_MEASURED]
     for backend, found in latest.items():
@@ -212,11 +218,13 @@ def render_report(path: Path) -> str:
     lines += ["## Claim by claim", "", "| claim | " + " | ".join(backends) + " | closest |"]
     lines.append("|---|" + "---|" * len(backends) + "---|")
     for name in dict.fromkeys(record["claim"] for record in records):
-        tried = [r for r in records if r["claim"] == name and r["verdict"] != "not claimed"]
-        if tried:
-            cells = [_cell([record for record in tried if _backend(record) == backend]) for backend in backends]
-            top = max(tried, key=_ratio)
-            closest = f"{float(top['seen']):.2g} / {float(top['allowed']):.2g}, {top['subject']}"
+        claimed = [r for r in records if r["claim"] == name and r["verdict"] != "not claimed"]
+        if claimed:
+            cells = [_cell([record for record in claimed if _backend(record) == backend]) for backend in backends]
+            tried, closest = _tried(claimed), "-"
+            if tried:
+                top = max(tried, key=_ratio)
+                closest = f"{float(top['seen']):.2g} / {float(top['allowed']):.2g}, {top['subject']}"
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {closest} |")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -225,26 +233,37 @@ def _backend(record: dict[str, Any]) -> str:
     return str(record["subject"]).rpartition(" on ")[2]
 
 
+def _tried(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in group if record["verdict"] in ("holds", "broken")]
+
+
 def _cell(group: list[dict[str, Any]]) -> str:
-    broken = sum(record["verdict"] == "broken" for record in group)
-    if not group:
-        return "-"
-    return f"**broken {broken}/{len(group)}**" if broken else f"{len(group)} hold"
+    counts = collections.Counter(record["verdict"] for record in group)
+    held, broken, left = counts["holds"], counts["broken"], counts["not tried"]
+    parts = (
+        f"**broken {broken}/{held + broken}**" if broken else f"{held} hold" if held else "",
+        f"{left} not tried" if left else "",
+    )
+    return ", ".join(filter(None, parts)) or "-"
 
 
 def _command(settings: dict[str, Any]) -> str:
     words = [f"--backend {name}" for name in settings["backend"] or ()]
     words += [f"--profile {settings['profile']}", f"--jobs {settings['jobs']}"]
+    if settings.get("seconds") is not None:
+        words.append(f"--seconds {settings['seconds']:g}")
     return " ".join(words)
 
 
 def _by_family(found: list[dict[str, Any]], document: dict[str, Any]) -> list[str]:
     """A line of counts and versions, a row for each family, and what is broken."""
-    tried = [record for record in found if record["verdict"] != "not claimed"]
+    tried = _tried(found)
     broken = [record for record in tried if record["verdict"] == "broken"]
+    left = sum(record["verdict"] == "not tried" for record in found)
+    counts = f"{len(tried) - len(broken)} hold, {len(broken)} broken" + (f", {left} not tried" if left else "")
     versions = {name: text for name, text in document["versions"].items() if name in (*_SHOWN, *OWN)}
     lines = [
-        f"{len(tried) - len(broken)} hold, {len(broken)} broken; {sum(r['examples'] for r in tried):,} matrices in "
+        f"{counts}; {sum(r['examples'] for r in tried):,} matrices in "
         f"{sum(r['seconds'] for r in tried):.0f} s of claims, {document['settings']['jobs']} at a time (all of the "
         f"run: {document['settings']['wall_seconds']:.0f} s, {document['settings']['processor_seconds']:.0f} s of "
         f"processor time). "

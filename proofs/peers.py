@@ -79,7 +79,7 @@ def _page(results: dict[str, list[dict[str, Any]]], versions: dict[str, str], pr
     lines += ["", "## Which claim holds for which", ""]
     lines += ["| claim | " + " | ".join(f"`{peer.function}`" for peer in peers) + " |"]
     lines += ["|---|" + "---|" * len(peers)]
-    words = {"holds": "holds", "broken": "**BROKEN**", "not claimed": "-"}
+    words = {"holds": "holds", "broken": "**BROKEN**", "not claimed": "-", "not tried": "not tried"}
     table = {peer.function: {record["claim"]: record for record in results[peer.function]} for peer in peers}
     for claim in claims.PROJECTION_CLAIMS:
         records = [table[peer.function].get(claim.name) for peer in peers]

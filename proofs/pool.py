@@ -11,13 +11,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
 from typing import Any
 
 from proofs import claims as all_claims
-from proofs import runner
+from proofs import runner, schedule
 from proofs._claim import Claim
 from proofs.runner import Outcome, Profile, pairs
 from proofs.selection import Selection
@@ -28,13 +30,27 @@ _SUBJECTS: dict[str, Any] = {}
 
 
 def _prepare(selection: Selection, path: list[str]) -> None:
-    """Build the subjects of this process; Ctrl-C is for the first process."""
+    """Build the subjects of this process; Ctrl-C is for the first process, whose end is the end of this one."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path[:] = path
     _SUBJECTS.update({subject.title: subject for subject in selection.subjects()})
 
 
-def _try(claim: str, subject: str, profile: Profile, seed_value: int | None) -> dict[str, Any]:
+def _end_with_parent() -> None:
+    """A process that is killed cannot end those that it started."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _try(
+    claim: str, subject: str, profile: Profile, seed_value: int | None, deadline: float | None
+) -> dict[str, Any] | None:
+    """Return what became of the claim, or nothing where the deadline came first."""
+    if deadline is not None and time.time() >= deadline:
+        return None
     outcome = runner.run_claim(all_claims.by_name(claim), _SUBJECTS[subject], profile, seed_value=seed_value)
     return {part.name: getattr(outcome, part.name) for part in fields(outcome) if part.name != "claim"}
 
@@ -46,29 +62,36 @@ def run(
     *,
     jobs: int,
     seed_value: int | None = None,
+    deadline: float | None = None,
     progress: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Try every claim on every subject of its kind in `jobs` processes, one thread each."""
+    """Try every claim on every subject of its kind in `jobs` processes, one thread each.
+
+    The other arguments, and what is returned, are those of :func:`proofs.runner.run`.
+    """
     wanted = list(pairs(claims, selection.subjects()))
-    outcomes: dict[int, Outcome] = {}
+    outcomes = {(claim.name, subject.title): runner.untried(claim, subject.title) for claim, subject in wanted}
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     with _single_threaded(), ProcessPoolExecutor(jobs, context, _prepare, (selection, list(sys.path))) as pool:
         futures = {
-            pool.submit(_try, claim.name, subject.title, profile, seed_value): at
-            for at, (claim, subject) in enumerate(wanted)
+            pool.submit(_try, claim.name, subject.title, profile, seed_value, deadline): claim
+            for claim, subject in schedule.by_importance(wanted)
         }
         try:
             for future in as_completed(futures):
-                at = futures[future]
-                outcomes[at] = Outcome(wanted[at][0], **future.result())
+                found = future.result()
+                if found is None:
+                    continue
+                outcome = Outcome(futures[future], **found)
+                outcomes[outcome.claim.name, outcome.subject] = outcome
                 if progress is not None:
-                    progress(outcomes[at])
+                    progress(outcome)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    return [outcomes[at] for at in range(len(wanted))]
+    return list(outcomes.values())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import importlib.metadata
@@ -36,7 +37,7 @@ __all__ = [
     "write_junit",
 ]
 
-_STYLE = {"holds": "green", "broken": "bold red", "not claimed": "dim"}
+_STYLE = {"holds": "green", "broken": "bold red", "not claimed": "dim", "not tried": "yellow"}
 
 
 def print_table(console: Console, outcomes: Sequence[Outcome], *, detail: bool = False) -> None:
@@ -56,17 +57,17 @@ def print_table(console: Console, outcomes: Sequence[Outcome], *, detail: bool =
         head.append(f"\n{claim.domain}; {claim.provenance}: {claim.method}", style="dim")
         table.add_row(head, _verdict(group), f"{sum(o.examples for o in group):,}", _worst(group))
         for outcome in group if detail else ():
-            if outcome.verdict != "not claimed":
+            if outcome.verdict in ("holds", "broken"):
                 name = Text(f"  {outcome.subject}", style=_STYLE[outcome.verdict])
                 table.add_row(name, _verdict([outcome]), f"{outcome.examples:,}", _worst([outcome]))
     console.print(table)
-    broken = sum(outcome.verdict == "broken" for outcome in outcomes)
-    held = sum(outcome.verdict == "holds" for outcome in outcomes)
+    counts = collections.Counter(outcome.verdict for outcome in outcomes)
+    held, broken = counts["holds"], counts["broken"]
     tried = sum(outcome.examples for outcome in outcomes)
     style = _STYLE["broken" if broken else "holds"]
     console.print(
-        f"[{style}]{held} hold, {broken} broken[/], {len(outcomes) - broken - held} not claimed; {tried:,} matrices in "
-        f"{sum(outcome.seconds for outcome in outcomes):.1f} s",
+        f"[{style}]{held} hold, {broken} broken[/], {counts['not claimed']} not claimed, "
+        f"{counts['not tried']} not tried; {tried:,} matrices in {sum(outcome.seconds for outcome in outcomes):.1f} s",
         highlight=False,
     )
 
@@ -79,14 +80,16 @@ def _by_claim(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
 
 
 def _verdict(group: list[Outcome]) -> Text:
-    broken = sum(outcome.verdict == "broken" for outcome in group)
-    held = sum(outcome.verdict == "holds" for outcome in group)
+    counts = collections.Counter(outcome.verdict for outcome in group)
+    held, broken, left = counts["holds"], counts["broken"], counts["not tried"]
+    more = f"\n{left} not tried" if left else ""
     if broken:
-        text = "broken" if len(group) == 1 else f"broken {broken}/{held + broken}"
+        text = "broken" if len(group) == 1 else f"broken {broken}/{held + broken}{more}"
         return Text(text, style=_STYLE["broken"])
     if held:
-        return Text("holds" if len(group) == 1 else f"holds {held}/{held}", style=_STYLE["holds"])
-    return Text("not claimed", style=_STYLE["not claimed"])
+        return Text("holds" if len(group) == 1 else f"holds {held}/{held}{more}", style=_STYLE["holds"])
+    text = "not tried" if left else "not claimed"
+    return Text(text, style=_STYLE[text])
 
 
 def _worst(group: list[Outcome]) -> str:
@@ -188,13 +191,18 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> None:
-    """Write the facts of :func:`about`, every claim once, and every outcome on a line; failing examples bit for bit."""
+    """Write the facts of :func:`about`, every claim once, and every outcome on a line; failing examples bit for bit.
+
+    The file is replaced as a whole: who reads it finds the report of this call or the one before.
+    """
     told = ("statement", "domain", "method", "provenance", "lemma", "family")
     chosen = {outcome.claim.name: outcome.claim for outcome in outcomes}
     claims = {name: {key: getattr(claim, key) for key in told} for name, claim in chosen.items()}
     head = json.dumps({**facts, "claims": claims}, indent=1)
     lines = ",\n".join(json.dumps(as_record(outcome)) for outcome in outcomes)
-    path.write_text(f'{head.removesuffix("}").rstrip()},\n "outcomes": [\n{lines}\n]}}\n', encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f'{head.removesuffix("}").rstrip()},\n "outcomes": [\n{lines}\n]}}\n', encoding="utf-8")
+    part.replace(path)
 
 
 def load_failures(path: Path) -> tuple[dict[str, Any], list[tuple[str, str, Sample]]]:
@@ -220,7 +228,7 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
         name="proofs",
         tests=str(len(outcomes)),
         failures=str(sum(outcome.verdict == "broken" for outcome in outcomes)),
-        skipped=str(sum(outcome.verdict == "not claimed" for outcome in outcomes)),
+        skipped=str(sum(outcome.verdict in ("not claimed", "not tried") for outcome in outcomes)),
         time=f"{sum(outcome.seconds for outcome in outcomes):.3f}",
     )
     for outcome in outcomes:
@@ -234,7 +242,7 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
         if outcome.verdict == "broken" and outcome.failing is not None:
             failure = ElementTree.SubElement(case, "failure", message=outcome.reason)
             failure.text = f"{outcome.claim.statement}\nlogits = {describe(outcome.failing)}"
-        elif outcome.verdict == "not claimed":
+        elif outcome.verdict in ("not claimed", "not tried"):
             ElementTree.SubElement(case, "skipped", message=outcome.reason)
     root = ElementTree.Element("testsuites")
     root.append(suite)

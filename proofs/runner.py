@@ -15,12 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 
-from proofs import strategies
+from proofs import schedule, strategies
 from proofs._claim import Claim, Observation, Sample
 
-__all__ = ["PROFILES", "Outcome", "Profile", "minimise", "observe", "pairs", "replay", "run", "run_claim"]
+__all__ = ["PROFILES", "Outcome", "Profile", "minimise", "observe", "pairs", "replay", "run", "run_claim", "untried"]
 
-Verdict = Literal["holds", "broken", "not claimed"]
+Verdict = Literal["holds", "broken", "not claimed", "not tried"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,15 @@ class Outcome:
     claim : Claim
     subject : str
         Its title.
-    verdict : {"holds", "broken", "not claimed"}
-        "Holds" means by the claim's provenance: a sampled claim was not refuted.
+    verdict : {"holds", "broken", "not claimed", "not tried"}
+        "Holds" means by the claim's provenance: a sampled claim was not refuted. "Not tried" says nothing about the
+        claim: the run ended before.
     examples : int
         Matrices tried.
     worst : Observation or None
         The example that came closest to breaking the claim, or broke it.
     reason : str
-        Why it broke, or why it is not claimed.
+        Why it broke, or why it is not claimed or not tried.
     failing : Sample or None
         The shrunk example.
     seconds : float
@@ -181,16 +182,43 @@ def run(
     profile: Profile,
     *,
     seed_value: int | None = None,
+    deadline: float | None = None,
     progress: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Try every claim on every subject of its kind."""
-    outcomes = []
-    for claim, subject in pairs(claims, subjects):
+    """Try every claim on every subject of its kind.
+
+    Parameters
+    ----------
+    claims : sequence of Claim
+    subjects : sequence
+    profile : Profile
+    seed_value : int, optional
+        As for :func:`run_claim`.
+    deadline : float, optional
+        No claim begins at or after this ``time.time()``; what is left is "not tried".
+    progress : callable, optional
+        Is given every outcome as soon as it is known, most important claims first.
+
+    Returns
+    -------
+    list of Outcome
+        In the order of :func:`pairs`.
+    """
+    wanted = list(pairs(claims, subjects))
+    outcomes = {(claim.name, subject.title): untried(claim, subject.title) for claim, subject in wanted}
+    for claim, subject in schedule.by_importance(wanted):
+        if deadline is not None and time.time() >= deadline:
+            break
         outcome = run_claim(claim, subject, profile, seed_value=seed_value)
-        outcomes.append(outcome)
+        outcomes[claim.name, subject.title] = outcome
         if progress is not None:
             progress(outcome)
-    return outcomes
+    return list(outcomes.values())
+
+
+def untried(claim: Claim, subject: str) -> Outcome:
+    """Return the outcome of a claim that a run did not come to."""
+    return Outcome(claim, subject, "not tried", reason="the run ended before")
 
 
 def pairs(claims: Iterable[Claim], subjects: Sequence[Any]) -> Iterator[tuple[Claim, Any]]:
