@@ -1,4 +1,4 @@
-"""What functions ask of their arguments, in one place: arrays of square matrices, solvers, counts, numbers."""
+"""What functions ask of their arguments, in one place: arrays of square matrices, solvers, precisions, numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from typing import Any
 
 from birkhoff import _xp
 from birkhoff.errors import ArrayTypeError, DtypeError, OptionError, ShapeError
+from birkhoff.precision import DEFAULT, Precision
 
-__all__ = ["as_count", "as_real", "check_solver", "iteration_options", "matching_gradient", "square_matrices"]
+__all__ = [
+    "as_count",
+    "as_precision",
+    "as_real",
+    "check_solver",
+    "iteration_options",
+    "matching_gradient",
+    "square_matrices",
+]
 
 
 def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
@@ -39,9 +48,11 @@ def square_matrices(array: Any, name: str, *, nonempty: bool = False) -> Any:
 
 
 def matching_gradient(logits: Any, grad_matrix: Any) -> Any:
-    """The namespace of logits and a gradient of their projection, of the same shape and library."""
+    """The namespace of logits and a real gradient of their projection, of the same shape and library."""
     xp = _xp.array_namespace(logits, grad_matrix)
     square_matrices(logits, "logits")
+    if not _xp.is_floating(grad_matrix.dtype):
+        raise DtypeError(f"grad_matrix must be real floating, got {_xp.dtype_name(grad_matrix.dtype)}")
     if logits.shape != grad_matrix.shape:
         raise ShapeError(
             f"grad_matrix must have the shape of logits, got {tuple(grad_matrix.shape)} and {tuple(logits.shape)}"
@@ -53,6 +64,13 @@ def check_solver(solver: Any) -> None:
     """Raise for what is not a value of :mod:`birkhoff.solvers`, a class of them included."""
     if isinstance(solver, type) or not hasattr(solver, "method"):
         raise OptionError(f"solver must be a value of birkhoff.solvers, such as SinkhornKnopp(), got {solver!r}")
+
+
+def as_precision(precision: Any) -> Precision:
+    """The precision asked for, the default one for None, or the error that says what is accepted."""
+    if precision is not None and not isinstance(precision, Precision):
+        raise OptionError(f"precision must be None or a birkhoff.Precision, got {precision!r}")
+    return precision or DEFAULT
 
 
 def as_count(value: Any, name: str, *, least: int) -> int:
@@ -70,7 +88,7 @@ def as_count(value: Any, name: str, *, least: int) -> int:
 
 def as_real(value: Any, name: str) -> float:
     """A real number of any library as a Python float, or the error that names it."""
-    if isinstance(value, (float, int, numbers.Real)):
+    if isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool):
         return float(value)
     raise OptionError(f"{name} must be a number, got {value!r}")
 

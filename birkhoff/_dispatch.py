@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from birkhoff import _iterate, _xp
-from birkhoff._checks import check_solver, square_matrices
+from birkhoff._checks import as_precision, check_solver, square_matrices
 from birkhoff._registry import PROJECTIONS, Facts, Resolution
 from birkhoff.adjoints.unrolled import unrolled_vjp
 from birkhoff.precision import DEFAULT, Precision
@@ -142,4 +142,4 @@ def explain(logits: Any, solver: Any, *, precision: Precision = DEFAULT) -> Reso
     """
     square_matrices(logits, "logits")
     check_solver(solver)
-    return resolve(logits, solver, precision)
+    return resolve(logits, solver, as_precision(precision))

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from birkhoff import _dispatch, _math, _xp, rounding
-from birkhoff._checks import check_solver, square_matrices
+from birkhoff._checks import as_precision, check_solver, square_matrices
 from birkhoff._iterate import Trace
 from birkhoff._result import Projection, Status
 from birkhoff.adjoints import Implicit
 from birkhoff.errors import OptionError, ProjectionError
-from birkhoff.precision import DEFAULT, Precision, unit_roundoff
+from birkhoff.precision import Precision, unit_roundoff
 from birkhoff.solvers import SinkhornKnopp
 from birkhoff.solvers.protocol import Solver
 from birkhoff.support import Support, diagnose_support
@@ -85,14 +85,8 @@ def matrix(logits: Any, solver: Solver, precision: Precision | None = None, *, a
     """The matrix of :func:`project` alone: no status and no errors, so nothing reads the data of a fixed iteration."""
     xp = square_matrices(logits, "logits")
     if solver.tol is None or 0 in logits.shape:
-        return _fixed(logits, solver, xp, _settled(precision), adjoint)
-    return _solve(logits, solver, xp, _settled(precision), adjoint, None)[0]
-
-
-def _settled(precision: Precision | None) -> Precision:
-    if precision is not None and not isinstance(precision, Precision):
-        raise OptionError(f"precision must be None or a birkhoff.Precision, got {precision!r}")
-    return precision or DEFAULT
+        return _fixed(logits, solver, xp, as_precision(precision), adjoint)
+    return _solve(logits, solver, xp, as_precision(precision), adjoint, None)[0]
 
 
 def project(
@@ -172,7 +166,7 @@ def project(
         )
     if trace is not None and not callable(trace):
         raise OptionError(f"trace must be None or callable as trace(iteration, errors), got {trace!r}")
-    precision = _settled(precision)
+    precision = as_precision(precision)
     if finish not in _FINISHES:
         raise OptionError(f"finish must be one of {tuple(_FINISHES)}, got {finish!r}")
     settled = precision.resolve(logits.dtype)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from birkhoff import _layout, _math, _tangent, _xp
-from birkhoff._checks import check_solver, matching_gradient
+from birkhoff._checks import as_precision, check_solver, matching_gradient
 from birkhoff.adjoints.unrolled import Unrolled
 from birkhoff.errors import OptionError
 from birkhoff.precision import DEFAULT, Precision
@@ -82,12 +82,14 @@ class Implicit:
         Raises
         ------
         ArrayTypeError, DtypeError, ShapeError
-            For logits that :func:`birkhoff.project` refuses, and for arrays of different libraries or shapes.
+            For logits that :func:`birkhoff.project` refuses, gradients that are not real floating, and arrays of
+            different libraries or shapes.
         OptionError
-            For what is not a solver.
+            For what is no precision or no solver.
         """
         xp = matching_gradient(logits, grad_matrix)
         check_solver(solver)
+        precision = as_precision(precision)
         if 0 in logits.shape:
             return xp.zeros_like(logits)
         settled = precision.resolve(logits.dtype)

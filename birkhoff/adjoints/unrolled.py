@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from birkhoff import _layout, _xp
-from birkhoff._checks import check_solver, matching_gradient
+from birkhoff._checks import as_precision, check_solver, matching_gradient
 from birkhoff._layout import Frame
 from birkhoff._registry import load
 from birkhoff.errors import OptionError
@@ -61,12 +61,14 @@ class Unrolled:
         Raises
         ------
         ArrayTypeError, DtypeError, ShapeError
-            For logits that :func:`birkhoff.project` refuses, and for arrays of different libraries or shapes.
+            For logits that :func:`birkhoff.project` refuses, gradients that are not real floating, and arrays of
+            different libraries or shapes.
         OptionError
-            For what is not a solver, or one that converges (``Newton``, ``Euclidean``).
+            For what is no precision or no solver, or one that converges (``Newton``, ``Euclidean``).
         """
         xp = matching_gradient(logits, grad_matrix)
         check_solver(solver)
+        precision = as_precision(precision)
         if not hasattr(solver, "trajectory"):
             raise OptionError(
                 f"Unrolled: {type(solver).__name__} converges and has no iteration to run backwards; use Implicit()"

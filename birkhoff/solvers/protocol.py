@@ -75,8 +75,9 @@ def check_options(solver: Any) -> None:
     name = type(solver).__name__
     object.__setattr__(solver, "num_iters", as_count(solver.num_iters, f"{name}: num_iters", least=1))
     for option in ("tol", "range_cap", "relaxation", "eps_start", "eps_den"):
-        value = getattr(solver, option, None)
-        if value is not None and type(value) is not float:  # a scalar of an array library has another text
+        value = getattr(solver, option, 0.0)
+        left_out = value is None and option in ("tol", "range_cap")
+        if type(value) is not float and not left_out:  # a scalar of an array library has another text
             object.__setattr__(solver, option, as_real(value, f"{name}: {option}"))
     if solver.tol is not None and not 0.0 < solver.tol < math.inf:
         raise OptionError(f"{name}: tol must be None (always run num_iters) or a number > 0, got {solver.tol!r}")

@@ -102,6 +102,26 @@ def test_numbers_of_array_libraries_work_on_torch() -> None:
     assert birkhoff.project(torch.eye(2), SinkhornLog(relaxation=np.float64(1.25))).matrix.shape == (2, 2)
 
 
+@pytest.mark.parametrize("value", [None, True, "1"])
+def test_numbers_that_a_solver_needs_are_numbers(value: Any) -> None:
+    for kind, option in ((SinkhornDamped, "eps_den"), (SinkhornDamped, "eps_start"), (SinkhornLog, "relaxation")):
+        with pytest.raises(errors.OptionError, match=f"{kind.__name__}: {option} must be a number"):
+            kind(**{option: value})
+
+
+def test_what_is_no_precision_is_refused_everywhere() -> None:
+    square, solver = np.eye(2), SinkhornKnopp()
+    for call in (
+        lambda: birkhoff.sinkhorn(square, precision="float64"),
+        lambda: birkhoff.project(square, precision="float64"),
+        lambda: birkhoff.explain(square, solver, precision="float64"),
+        lambda: birkhoff.adjoints.Unrolled().vjp(square, square, solver, precision="float64"),
+        lambda: birkhoff.adjoints.Implicit().vjp(square, square, solver, precision="float64"),
+    ):
+        with pytest.raises(errors.OptionError, match=r"precision must be None or a birkhoff.Precision, got 'float64'"):
+            call()
+
+
 def test_functions_that_iterate_take_the_same_options() -> None:
     sparse = pytest.importorskip("scipy.sparse")
     for run, matrix in ((project_large, np.eye(3)), (project_sparse, sparse.csr_array(np.ones((3, 3))))):
@@ -146,6 +166,9 @@ def test_gradient_rules_that_do_not_fit_their_solver() -> None:
     for adjoint in (birkhoff.adjoints.Unrolled(), birkhoff.adjoints.Implicit()):
         with pytest.raises(errors.OptionError, match="solver must be"):
             adjoint.vjp(square, square, SinkhornLog)
+        for wrong in (np.eye(2, dtype=int), np.eye(2) + 1j):
+            with pytest.raises(errors.DtypeError, match="grad_matrix must be real floating"):
+                adjoint.vjp(square, wrong, SinkhornKnopp())
 
 
 def test_options_are_keywords() -> None:
