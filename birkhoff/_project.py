@@ -167,7 +167,7 @@ def project(
     if trace is not None and not callable(trace):
         raise OptionError(f"trace must be None or callable as trace(iteration, errors), got {trace!r}")
     precision = as_precision(precision)
-    if finish not in _FINISHES:
+    if finish not in tuple(_FINISHES):
         raise OptionError(f"finish must be one of {tuple(_FINISHES)}, got {finish!r}")
     settled = precision.resolve(logits.dtype)
     finisher = _FINISHES[finish]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from birkhoff import _layout, _math, _tangent, _xp
-from birkhoff._checks import as_precision, check_solver, matching_gradient
+from birkhoff._checks import as_precision, as_real, check_solver, matching_gradient
 from birkhoff.adjoints.unrolled import Unrolled
 from birkhoff.errors import OptionError
 from birkhoff.precision import DEFAULT, Precision
@@ -37,7 +37,7 @@ class Implicit:
     Raises
     ------
     OptionError
-        If ``bound`` is not positive.
+        If ``bound`` is not a positive number.
 
     Examples
     --------
@@ -52,6 +52,7 @@ class Implicit:
     bound: float = 1e-4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", as_real(self.bound, "Implicit: bound"))
         if not self.bound > 0:
             raise OptionError(f"Implicit: bound must be > 0, got {self.bound!r}")
         object.__setattr__(self, "_text", repr(self.bound))  # a tracer may turn the number into a symbol

@@ -19,7 +19,7 @@ from birkhoff import _layout, _xp
 from birkhoff._checks import as_precision, check_solver, matching_gradient
 from birkhoff._layout import Frame
 from birkhoff._registry import load
-from birkhoff.errors import OptionError
+from birkhoff.errors import DtypeError, OptionError, ShapeError
 from birkhoff.precision import DEFAULT, Precision
 
 __all__ = ["Unrolled", "unrolled_jvp", "unrolled_matrix", "unrolled_vjp", "unrolled_vjp_tangent"]
@@ -61,8 +61,8 @@ class Unrolled:
         Raises
         ------
         ArrayTypeError, DtypeError, ShapeError
-            For logits that :func:`birkhoff.project` refuses, gradients that are not real floating, and arrays of
-            different libraries or shapes.
+            For logits that :func:`birkhoff.project` refuses, gradients that are not real floating, arrays of different
+            libraries or shapes, and ``num_iters`` that are not integers of the batch's shape.
         OptionError
             For what is no precision or no solver, or one that converges (``Newton``, ``Euclidean``).
         """
@@ -85,8 +85,20 @@ class Unrolled:
         if num_iters is None:
             grad = sweep(replace(solver, tol=None), *stacks)
         else:
+            _check_counts(num_iters, tuple(logits.shape[:-2]), xp)
             grad = by_iterations(solver, xp.reshape(num_iters, (-1,)), xp, sweep, *stacks)
         return xp.reshape(grad, logits.shape)
+
+
+def _check_counts(counts: Any, batch: tuple[int, ...], xp: Any) -> None:
+    shape, dtype = getattr(counts, "shape", None), getattr(counts, "dtype", None)
+    if shape is None or tuple(shape) != batch:
+        raise ShapeError(
+            f"num_iters must be an array of the batch's shape {batch}, such as Projection.num_iters, got "
+            f"{type(counts).__name__ if shape is None else tuple(shape)}; for one number use the solver's num_iters"
+        )
+    if not xp.isdtype(dtype, "integral"):
+        raise DtypeError(f"num_iters must hold integers, got {_xp.dtype_name(dtype)}")
 
 
 def by_iterations(solver: Any, counts: Any, xp: Any, function: Any, *stacks: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from birkhoff import _math, _xp
-from birkhoff._checks import as_count
+from birkhoff._checks import as_count, as_real
 from birkhoff.errors import DtypeError, OptionError, ShapeError
 
 __all__ = ["Parametrization", "Sums", "begin", "check_order", "leading_logit", "product", "softmax"]
@@ -74,6 +74,6 @@ def product(xp: Any, left: Any, right: Any) -> Any:
 
 def leading_logit(mass: float, count: int) -> float:
     """First logit, the others being zero, that leaves ``mass`` to the other ``count - 1`` entries of a softmax."""
-    if not 0.0 < mass < 1.0:
+    if not 0.0 < as_real(mass, "mass") < 1.0:
         raise OptionError(f"mass must be in (0, 1), got {mass!r}")
     return math.log((1.0 - mass) * (count - 1) / mass)

@@ -109,6 +109,28 @@ def test_numbers_that_a_solver_needs_are_numbers(value: Any) -> None:
             kind(**{option: value})
 
 
+def test_iteration_counts_of_a_gradient_are_integers_of_the_batch() -> None:
+    """Counts that are not would give the gradients of other matrices, or none."""
+    stack, solver = np.zeros((4, 2, 2)), SinkhornKnopp()
+    vjp = birkhoff.adjoints.Unrolled().vjp
+    for wrong in (3, np.array([3]), np.array([3, 3, 3, 3, 3]), np.full((2, 2), 3)):
+        with pytest.raises(errors.ShapeError, match=r"num_iters must be an array of the batch's shape \(4,\)"):
+            vjp(stack, stack, solver, num_iters=wrong)
+    with pytest.raises(errors.DtypeError, match="num_iters must hold integers, got float64"):
+        vjp(stack, stack, solver, num_iters=np.array([2.0, 2.5, 3.0, 3.0]))
+
+
+def test_numbers_of_other_values_are_numbers() -> None:
+    bound = birkhoff.adjoints.Implicit(bound=np.float64(1e-3))
+    assert type(bound.bound) is float and bound.trusts(np.eye(2))
+    with pytest.raises(errors.OptionError, match="Implicit: bound must be a number"):
+        birkhoff.adjoints.Implicit(bound="1")  # type: ignore[arg-type]
+    with pytest.raises(errors.OptionError, match="mass must be a number"):
+        birkhoff.parametrizations.RowStochastic().initial_parameters(2, mass=None)  # type: ignore[arg-type]
+    with pytest.raises(errors.OptionError, match="finish must be one of"):
+        birkhoff.project(np.eye(2), finish=["none"])  # type: ignore[arg-type]
+
+
 def test_what_is_no_precision_is_refused_everywhere() -> None:
     square, solver = np.eye(2), SinkhornKnopp()
     for call in (
