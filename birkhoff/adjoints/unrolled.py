@@ -85,20 +85,20 @@ class Unrolled:
         if num_iters is None:
             grad = sweep(replace(solver, tol=None), *stacks)
         else:
-            _check_counts(num_iters, tuple(logits.shape[:-2]), xp)
+            _check_counts(num_iters, logits)
             grad = by_iterations(solver, xp.reshape(num_iters, (-1,)), xp, sweep, *stacks)
         return xp.reshape(grad, logits.shape)
 
 
-def _check_counts(counts: Any, batch: tuple[int, ...], xp: Any) -> None:
-    shape, dtype = getattr(counts, "shape", None), getattr(counts, "dtype", None)
+def _check_counts(counts: Any, logits: Any) -> None:
+    shape, batch = getattr(counts, "shape", None), tuple(logits.shape[:-2])
     if shape is None or tuple(shape) != batch:
         raise ShapeError(
             f"num_iters must be an array of the batch's shape {batch}, such as Projection.num_iters, got "
             f"{type(counts).__name__ if shape is None else tuple(shape)}; for one number use the solver's num_iters"
         )
-    if not xp.isdtype(dtype, "integral"):
-        raise DtypeError(f"num_iters must hold integers, got {_xp.dtype_name(dtype)}")
+    if not _xp.array_namespace(logits, counts).isdtype(counts.dtype, "integral"):
+        raise DtypeError(f"num_iters must hold integers, got {_xp.dtype_name(counts.dtype)}")
 
 
 def by_iterations(solver: Any, counts: Any, xp: Any, function: Any, *stacks: Any) -> Any:

@@ -118,6 +118,9 @@ def test_iteration_counts_of_a_gradient_are_integers_of_the_batch() -> None:
             vjp(stack, stack, solver, num_iters=wrong)
     with pytest.raises(errors.DtypeError, match="num_iters must hold integers, got float64"):
         vjp(stack, stack, solver, num_iters=np.array([2.0, 2.5, 3.0, 3.0]))
+    torch = pytest.importorskip("torch")
+    with pytest.raises(errors.ArrayTypeError, match="same library"):
+        vjp(stack, stack, solver, num_iters=torch.full((4,), 3))
 
 
 def test_numbers_of_other_values_are_numbers() -> None:
