@@ -20,7 +20,14 @@ from proofs.runner import Profile
 from proofs.subjects import Subject, solver_subject
 from tests.proofs import broken
 
-EFFORT = Profile("test", 60, shrink_budget=40)
+# Verdicts only: what shrinking finds is for test_runner.py. The fewer examples suffice, the more a claim rejects.
+EFFORT = Profile("test", 20, shrink_budget=0)
+# These see some of their breaches in few examples only: 20 missed one of them with at least one seed of twelve.
+RARE = ("composite_gain_is_one", "diagonal_gap", "schur_bounds_every_output", "exact_matrices_are_closed")
+MORE_EFFORT = {
+    **dict.fromkeys((*RARE, "inside_the_enclosure"), Profile("test", 120, shrink_budget=0)),
+    "converged_means_within_tolerance": Profile("test", 400, shrink_budget=0),
+}
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -81,7 +88,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _verdict(name: str, subject: Subject) -> str:
-    return runner.run_claim(claims.by_name(name), subject, EFFORT).verdict
+    return runner.run_claim(claims.by_name(name), subject, MORE_EFFORT.get(name, EFFORT)).verdict
 
 
 @pytest.mark.parametrize("name", sorted(REJECTS))
