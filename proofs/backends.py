@@ -72,12 +72,18 @@ class Backend:
         return {name: strategies.layout(self.asarray(values, dtype), name) for name in strategies.LAYOUTS}
 
     def autograd(self, function: Projector, logits: Any, grad: Any) -> Any:
-        """Return the vector-Jacobian product by the library's own differentiation."""
-        raise NotImplementedError(f"{self.name} has no automatic differentiation")
+        """Return the vector-Jacobian product by the library's own differentiation; torch has one, NumPy and CuPy none.
+
+        Raises
+        ------
+        NotImplementedError
+            Where :attr:`differentiates` is False, which claims ask first: they are then "not claimed".
+        """
+        raise NotImplementedError(f"{self.name} has no automatic differentiation; ask `differentiates` first")
 
     def second(self, function: Projector, logits: Any, grad: Any, direction: Any) -> Any:
-        """Return the gradient of <vjp(logits, grad), direction> with respect to the logits: double backward."""
-        raise NotImplementedError(f"{self.name} has no automatic differentiation")
+        """Return the gradient of <vjp(logits, grad), direction> for the logits; raises as `autograd` does."""
+        raise NotImplementedError(f"{self.name} has no automatic differentiation; ask `differentiates` first")
 
     @property
     def differentiates(self) -> bool:
