@@ -99,10 +99,11 @@ def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float) -> None:
-    for name, value in expected.items():
-        scale = float(value.norm()) + 1e-12
-        assert float((actual[name] - value).norm()) <= tolerance * scale, name
+def scale_of(name: str, gradients: dict[str, Tensor]) -> float:
+    """Largest norm among the gradients of the parameters of one kind. Before the first site the streams are equal, so
+    that its gradient of ``alpha_res`` is zero but for rounding and is no scale of itself."""
+    kind = name.rpartition(".")[2]
+    return max(float(value.norm()) for other, value in gradients.items() if other.rpartition(".")[2] == kind)
 
 
 def cut_in_blocks(model: Transformer) -> None:
@@ -138,4 +139,5 @@ def test_a_compiled_model_recomputes_in_one_graph() -> None:
     model.loss = torch.compile(model.loss, fullgraph=True)  # type: ignore[method-assign]
     again, actual = loss_and_gradients(model)
     torch.testing.assert_close(again, loss, rtol=5e-3, atol=0.0)
-    assert_same(expected, actual, 0.1)
+    for name, value in expected.items():
+        assert float((actual[name] - value).norm()) <= 0.1 * scale_of(name, expected), name
