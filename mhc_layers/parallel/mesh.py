@@ -23,6 +23,8 @@ __all__ = ["AXES", "ParallelConfig", "World", "build_mesh", "end_process", "join
 AXES = ("pipeline", "replicate", "shard", "tensor")
 """Names of the mesh axes, slowest first."""
 
+_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets and a group needs
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -34,7 +36,8 @@ class ParallelConfig:
         Processes that hold a full copy of their parameters and share the batch (DDP). 0 takes what the number of
         processes leaves over.
     shard : int
-        Processes that share the batch and the parameters (FSDP2).
+        Processes that share the batch and the parameters (FSDP2). 0 takes what the other axes leave over, one process
+        too; 1 turns sharding off.
     tensor : int
         Processes that share the heads and hidden units of each sublayer; streams are replicated among them.
     pipeline : int
@@ -48,8 +51,8 @@ class ParallelConfig:
     Raises
     ------
     ValueError
-        If an axis or a block is smaller than 1 (0 for ``replicate`` and ``micro_batches``), or ``recompute`` is another
-        word.
+        If an axis or a block is smaller than 1 (0 for ``replicate``, ``shard`` and ``micro_batches``), or ``recompute``
+        is another word.
     """
 
     replicate: int = 0
@@ -60,10 +63,10 @@ class ParallelConfig:
     recompute: Literal["none", "auto"] | int = "none"
 
     def __post_init__(self) -> None:
-        for name in ("shard", "tensor", "pipeline"):
+        for name in ("tensor", "pipeline"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("replicate", "micro_batches"):
+        for name in ("replicate", "shard", "micro_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be 0 (automatic) or more")
         if isinstance(self.recompute, str):
@@ -71,6 +74,11 @@ class ParallelConfig:
                 raise ValueError(f"parallel.recompute is {self.recompute!r}; accepted are 'none', 'auto' and a number")
         elif self.recompute < 1:
             raise ValueError(f"parallel.recompute is {self.recompute}; a block has 1 site or more")
+
+    @property
+    def shards(self) -> bool:
+        """Whether parameters are sharded, if only over one process."""
+        return self.shard != 1
 
     def sizes(self, world_size: int) -> dict[str, int]:
         """Return the size of each axis for a number of processes.
@@ -85,25 +93,40 @@ class ParallelConfig:
         >>> from mhc_layers.parallel.mesh import ParallelConfig
         >>> ParallelConfig(shard=2, tensor=2).sizes(8)
         {'pipeline': 1, 'replicate': 2, 'shard': 2, 'tensor': 2}
+        >>> ParallelConfig(replicate=2, shard=0).sizes(8)
+        {'pipeline': 1, 'replicate': 2, 'shard': 4, 'tensor': 1}
         """
-        fixed = self.shard * self.tensor * self.pipeline
-        replicate = self.replicate or max(1, world_size // fixed)
-        if replicate * fixed != world_size:
+        fixed = self.tensor * self.pipeline
+        shard = self.shard or max(1, world_size // (fixed * (self.replicate or 1)))
+        replicate = self.replicate or max(1, world_size // (fixed * shard))
+        total = fixed * shard * replicate
+        if total != world_size:
             raise ValueError(
-                f"pipeline {self.pipeline} x replicate {replicate} x shard {self.shard} x tensor {self.tensor} = "
-                f"{replicate * fixed} processes, but {world_size} are running; start {replicate * fixed} with torchrun "
-                "--nproc-per-node, or change the axes"
+                f"pipeline {self.pipeline} x replicate {replicate} x shard {shard} x tensor {self.tensor} = {total} "
+                f"processes, but {world_size} are running; start {total} with torchrun --nproc-per-node, or change the "
+                "axes"
             )
-        return {"pipeline": self.pipeline, "replicate": replicate, "shard": self.shard, "tensor": self.tensor}
+        return {"pipeline": self.pipeline, "replicate": replicate, "shard": shard, "tensor": self.tensor}
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all: rank, number of processes, and rank on its machine."""
+    """This process among all.
+
+    Attributes
+    ----------
+    rank, size, local_rank : int
+        Number of this process, number of processes, and number of this process on its machine.
+    in_group : bool
+        Whether the processes form a group of :mod:`torch.distributed`; one process can be a group too.
+    owns_group : bool
+        Whether :func:`leave_processes` must end the group.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    in_group: bool = False
     owns_group: bool = False
 
     @property
@@ -113,7 +136,7 @@ class World:
 
 
 def join_processes(device_type: str, *, timeout: timedelta = timedelta(minutes=10)) -> World:
-    """Join the other processes that ``torchrun`` started; alone without it.
+    """Join the other processes that ``torchrun`` started; alone without it. One started process is a group of one.
 
     Parameters
     ----------
@@ -125,18 +148,23 @@ def join_processes(device_type: str, *, timeout: timedelta = timedelta(minutes=1
     Returns
     -------
     World
-        This process's place. ``owns_group`` says whether :func:`leave_processes` must end the group.
+        This process's place.
     """
     if dist.is_initialized():
         local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-        return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local)
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local, in_group=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 and not all(name in os.environ for name in _GROUP_VARIABLES):
         return World()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, owns_group=True)
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    return World(
+        rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, in_group=True, owns_group=True
+    )
 
 
 def leave_processes(world: World) -> None:

@@ -59,7 +59,7 @@ def parallelize(
     """
     sizes = config.sizes(world.size)
     _check(config, sizes, compile)
-    mesh = build_mesh(config, precision.device_type) if world.size > 1 else None
+    mesh = build_mesh(config, precision.device_type) if world.in_group else None
     if config.recompute != "none":
         stages = stage_sizes(len(model.sites), sizes["pipeline"])
         block = None if config.recompute == "auto" else int(config.recompute)
@@ -73,16 +73,16 @@ def parallelize(
         model.walk = torch.compile(model.walk)  # type: ignore[method-assign]
     if mesh is None:
         return WholeModelEngine(model, precision, world=world)
-    if sizes["shard"] > 1:
+    if config.shards:
         return _sharded(model, mesh, sizes, precision, world)
     return _replicated(model, mesh, sizes, precision, world, tensor_parallel)
 
 
 def _check(config: ParallelConfig, sizes: dict[str, int], compile: bool) -> None:
     """Refuse the combinations that are not built."""
-    if sizes["tensor"] > 1 and (sizes["shard"] > 1 or sizes["pipeline"] > 1):
+    if sizes["tensor"] > 1 and (config.shards or sizes["pipeline"] > 1):
         raise ValueError("parallel.tensor combines with parallel.replicate only; set shard and pipeline to 1")
-    if sizes["pipeline"] > 1 and (sizes["shard"] > 1 or compile):
+    if sizes["pipeline"] > 1 and (config.shards or compile):
         raise ValueError("parallel.pipeline combines with parallel.replicate only; set shard to 1 and compile off")
 
 

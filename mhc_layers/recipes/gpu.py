@@ -32,8 +32,8 @@ def medium_ddp() -> TrainConfig:
 
 
 def medium_fsdp() -> TrainConfig:
-    """Return the same model with its parameters sharded over 8 GPUs (FSDP2)."""
-    return _medium("medium_fsdp", ParallelConfig(shard=8, recompute="auto"))
+    """Return the same model with its parameters sharded over all GPUs (FSDP2); any number that divides 64."""
+    return _medium("medium_fsdp", ParallelConfig(shard=0, recompute="auto"))
 
 
 def medium_pipeline() -> TrainConfig:

@@ -136,7 +136,7 @@ class CheckpointConfig:
         Newest checkpoints that are kept.
     format : {"auto", "whole", "sharded"}
         ``whole``: the main process gathers everything and writes it. ``sharded``: every process writes its part; any
-        number of processes can read it. ``auto`` is sharded where ``parallel.shard`` is above 1.
+        number of processes can read it. ``auto`` is sharded where ``parallel.shard`` is not 1.
 
     Raises
     ------
@@ -231,7 +231,7 @@ class TrainConfig:
                 f"{self.parallel.pipeline}; shards are written for copied and FSDP2-sharded parameters. Set both to 1, "
                 "or the format to 'whole'"
             )
-        if self.optim.kind == "muon" and (self.parallel.shard > 1 or self.parallel.tensor > 1):
+        if self.optim.kind == "muon" and (self.parallel.shards or self.parallel.tensor > 1):
             raise ValueError(
                 f"optim.kind is 'muon' with parallel.shard {self.parallel.shard} and parallel.tensor "
                 f"{self.parallel.tensor}; Muon orthogonalises whole matrices and these axes split them. Set both to 1, "
@@ -242,7 +242,7 @@ class TrainConfig:
     def sharded_checkpoints(self) -> bool:
         """Whether every process writes its part of a checkpoint."""
         chosen = self.checkpoint.format
-        return chosen == "sharded" or (chosen == "auto" and self.parallel.shard > 1)
+        return chosen == "sharded" or (chosen == "auto" and self.parallel.shards)
 
 
 def encode(value: Any) -> Any:

@@ -254,7 +254,7 @@ class Trainer:
 
     def whole_model(self) -> Transformer:
         """Return the model with all its parameters on this process's device; all processes must call it."""
-        if isinstance(self.engine, WholeModelEngine) and self.world.size == 1:
+        if isinstance(self.engine, WholeModelEngine) and not self.world.in_group:
             return self.engine.model
         tensors = self.engine.gather(dict(self.engine.model.named_parameters()))
         model = Transformer(self.config.model).to(self.device)

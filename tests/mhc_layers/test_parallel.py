@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 
 from mhc_layers import Transformer
 from mhc_layers.cli import main
 from mhc_layers.parallel.engine import Precision
-from mhc_layers.parallel.mesh import ParallelConfig, World, end_process, join_processes
+from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes
 from mhc_layers.parallel.parallelize import parallelize
 from mhc_layers.parallel.pipeline import stage_sizes
 from mhc_layers.parallel.sharded_checkpoint import load_shards, save_shards
@@ -27,59 +22,35 @@ from mhc_layers.training.checkpoint import load_checkpoint
 from mhc_layers.training.metrics import read_metrics
 from mhc_layers.training.optim import OptimConfig, build_optimizers, load_optimizer_state, optimizer_state
 from mhc_layers.training.run import load_for_resume, resumed_config, run
+from tests.mhc_layers.processes import spawn
 from tests.mhc_layers.test_cli import TINY
 from tests.mhc_layers.training_cases import tiny_config, tiny_model, write_text
-
-
-def spawn(function, *arguments, processes=2):
-    """Run ``function(rank, *arguments)`` in processes that form a group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_enter, args=(processes, port, function, arguments), nprocs=processes)
-
-
-def _enter(rank, processes, port, function, arguments):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)
-    )
-    torch.set_num_threads(1)
-    try:
-        function(rank, *arguments)
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    end_process(0)
 
 
 def batch(rows=8):
     return torch.randint(256, (rows, 13), generator=torch.Generator().manual_seed(5))
 
 
-def build(model_config, parallel, world, dtype=torch.float32):
+def build(model_config, parallel, world, dtype=torch.float32, device="cpu"):
     torch.manual_seed(0)
-    return parallelize(
-        Transformer(model_config), parallel, Precision(device_type="cpu", stream_dtype=dtype), world=world
-    )
+    model = Transformer(model_config).to(device)
+    return parallelize(model, parallel, Precision(device_type=device, stream_dtype=dtype), world=world)
 
 
-def one_process(model_config, micro=0, dtype=torch.float32):
+def one_process(model_config, micro=0, dtype=torch.float32, device="cpu", clip=0.5):
     """Loss, gradients, norm, parameters after two steps and optimizer state of a single process."""
-    return steps(build(model_config, ParallelConfig(), World(), dtype), micro)
+    return steps(build(model_config, ParallelConfig(), World(), dtype, device), micro, clip)
 
 
-def steps(engine, micro=0):
+def steps(engine, micro=0, clip=0.5):
     optimizers = build_optimizers(engine.model, OptimConfig(learning_rate=1e-2, eps=1e-3))
-    tokens = batch()
+    tokens = batch().to(next(engine.model.parameters()).device)
     share = len(tokens) // engine.data_size
     mine = tokens[engine.data_rank * share : (engine.data_rank + 1) * share]
     losses, norms = [], []
     for _ in range(2):
         losses.append(float(engine.forward_backward(mine, micro_batch_size=micro)))
-        norms.append(float(engine.clip(0.5)))
+        norms.append(float(engine.clip(clip)))
         gradients = engine.gather({n: p.grad for n, p in engine.model.named_parameters() if p.grad is not None})
         for optimizer in optimizers:
             optimizer.step()
@@ -272,15 +243,25 @@ def test_shards_are_read_by_two_processes_and_by_one(tmp_path):
 
 def test_axes_must_multiply_to_the_processes():
     assert ParallelConfig(shard=2).sizes(4) == {"pipeline": 1, "replicate": 2, "shard": 2, "tensor": 1}
+    assert ParallelConfig(shard=0).sizes(4) == {"pipeline": 1, "replicate": 1, "shard": 4, "tensor": 1}
+    assert ParallelConfig(shard=0).sizes(1) == {"pipeline": 1, "replicate": 1, "shard": 1, "tensor": 1}
+    assert ParallelConfig(shard=0).shards and not ParallelConfig().shards
     with pytest.raises(ValueError, match="but 3 are running"):
         ParallelConfig(shard=2).sizes(3)
-    for fields in ({"shard": 0}, {"replicate": -1}, {"recompute": "some"}, {"recompute": 0}):
+    with pytest.raises(ValueError, match="but 3 are running"):
+        ParallelConfig(shard=0, replicate=2).sizes(3)
+    for fields in ({"tensor": 0}, {"shard": -1}, {"replicate": -1}, {"recompute": "some"}, {"recompute": 0}):
         with pytest.raises(ValueError):
             ParallelConfig(**fields)
 
 
 def test_unbuilt_combinations_are_refused():
-    for parallel in (ParallelConfig(tensor=2, shard=2), ParallelConfig(pipeline=2, shard=2)):
+    for parallel in (
+        ParallelConfig(tensor=2, shard=2),
+        ParallelConfig(pipeline=2, shard=2),
+        ParallelConfig(tensor=4, shard=0),
+        ParallelConfig(pipeline=4, shard=0),
+    ):
         with pytest.raises(ValueError, match=r"replicate only"):
             parallelize(Transformer(tiny_model()), parallel, Precision(device_type="cpu"), world=World(size=4))
 

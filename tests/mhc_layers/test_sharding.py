@@ -6,18 +6,18 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER
 from mhc_layers._fused_state import FusedState
 from mhc_layers._sharding import _RULES, _placements
 from mhc_layers._torch_ops import fused_site
+from mhc_layers.parallel.mesh import join_processes
+from tests.mhc_layers.processes import spawn
 from tests.mhc_layers.test_boundary_ops import make_sites
-from tests.mhc_layers.test_parallel import spawn
 
 
-def make_model(convention):
+def make_model(convention, device="cpu"):
     """Three fused sites; the second is read with a norm."""
     sites = make_sites(4, 6, convention)
     for site in sites:
@@ -25,6 +25,8 @@ def make_model(convention):
     sites[1].norm = nn.RMSNorm(6, eps=1e-3)
     with torch.no_grad():
         sites[1].norm.weight.normal_(generator=torch.Generator().manual_seed(0))
+    for site in sites:
+        site.to(device)
     return sites
 
 
@@ -48,18 +50,24 @@ def results(sites, x, boundary):
     return outputs, torch.autograd.grad(loss, [x, *parameters], allow_unused=True)
 
 
-def compare(rank):
+def start(device):
+    """Join the group; return its processes as a mesh of one axis."""
     from torch.distributed.device_mesh import init_device_mesh
+
+    world = join_processes(device)
+    return init_device_mesh(device, (world.size,))
+
+
+def compare(rank, device="cpu"):
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_module, distribute_tensor
 
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = start(device)
     for convention in (PAPER, DEEPSEEK_V4, DEEPSEEK_V41):
         for streams, boundary, axis in ((4, True, 0), (4, False, 1), (1, False, 0)):
             case = (convention.name, streams, boundary, axis)
-            x = torch.randn(4, 6, streams, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
-            values, gradients = results(make_model(convention), x, boundary)
-            sites = make_model(convention)
+            x = torch.randn(4, 6, streams, 6, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+            values, gradients = results(make_model(convention, device), x, boundary)
+            sites = make_model(convention, device)
             for site in sites:
                 distribute_module(site, mesh)
             sharded = distribute_tensor(x.detach(), mesh, [Shard(axis)]).requires_grad_()
@@ -67,7 +75,7 @@ def compare(rank):
             ours, ours_gradients = results(sites, sharded, boundary)
             for got, expected in zip(ours, values, strict=True):
                 assert got.placements == (Shard(axis),), case
-                assert got.to_local().shape[axis] == expected.shape[axis] // 2
+                assert got.to_local().shape[axis] == expected.shape[axis] // mesh.size()
                 torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-5, atol=1e-5, msg=str(case))
             assert ours_gradients[0].placements == (Shard(axis),)
             for got, expected in zip(ours_gradients, gradients, strict=True):
@@ -78,16 +86,14 @@ def compare(rank):
             assert isinstance(ours_gradients[1].placements[0], Partial), case  # of phi: one sum over all, at the end
 
 
-def train(rank):
-    from torch.distributed.device_mesh import init_device_mesh
+def train(rank, device="cpu"):
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    x = torch.randn(4, 6, 4, 6, generator=torch.Generator().manual_seed(1))
+    mesh = start(device)
+    x = torch.randn(4, 6, 4, 6, generator=torch.Generator().manual_seed(1)).to(device)
     found = []
     for distributed in (False, True):
-        sites, streams = make_model(PAPER), x
+        sites, streams = make_model(PAPER, device), x
         if distributed:
             streams = distribute_tensor(x, mesh, [Shard(0)])
             for site in sites:

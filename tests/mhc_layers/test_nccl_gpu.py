@@ -1,0 +1,152 @@
+"""Every parallel technique in a group of one process, NCCL on a GPU and gloo on a CPU: the bits of the plain model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.tensor import DTensor
+
+from mhc_layers import Transformer
+from mhc_layers._torch_ops import FusedSite
+from mhc_layers.parallel.engine import Precision, WholeModelEngine
+from mhc_layers.parallel.mesh import ParallelConfig, build_mesh, join_processes
+from mhc_layers.parallel.pipeline import PipelineEngine
+from mhc_layers.parallel.tensor_parallel import TensorParallel
+from mhc_layers.training.checkpoint import load_checkpoint
+from mhc_layers.training.metrics import read_metrics
+from mhc_layers.training.run import load_for_resume, resumed_config, run
+from tests.mhc_layers.processes import spawn
+from tests.mhc_layers.test_cli import TINY
+from tests.mhc_layers.test_parallel import build, one_process, steps
+from tests.mhc_layers.test_sharding import compare, train
+from tests.mhc_layers.training_cases import tiny_config, tiny_model, write_text
+
+DEVICES = [pytest.param("cpu", marks=pytest.mark.distributed), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+
+def assert_same(expected, actual, case):
+    """The norm is summed in another order; where it scales nothing, every other bit is the same."""
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-6), case
+    assert (actual["losses"], actual["evaluated"]) == (expected["losses"], expected["evaluated"]), case
+    for group in ("gradients", "parameters", "state"):
+        assert expected[group].keys() == actual[group].keys(), (case, group)
+        for name, value in expected[group].items():
+            assert torch.equal(actual[group][name].detach(), value.detach()), (case, name)
+
+
+def _start(device):
+    """Join a group of one; its first sum is this one."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    world = join_processes(device)
+    assert (world.size, world.in_group, dist.get_backend()) == (1, True, "nccl" if device == "cuda" else "gloo")
+    value = torch.arange(1.0, 5.0, device=device)
+    dist.all_reduce(value)
+    assert value.tolist() == [1.0, 2.0, 3.0, 4.0]
+    if device == "cuda":
+        torch.use_deterministic_algorithms(True)
+    return world
+
+
+def _fused(engine, device):
+    assert device == "cpu" or all(isinstance(site.implementation, FusedSite) for site in engine.model.sites)
+    return engine
+
+
+def _engines(rank, device):
+    world, dtype = _start(device), DTYPES[device]
+    precision = Precision(device_type=device, stream_dtype=dtype)
+    config = tiny_model(dim=32, num_layers=3)
+    for parallel in (ParallelConfig(), ParallelConfig(shard=0), ParallelConfig(shard=0, recompute="auto")):
+        engine = _fused(build(config, parallel, world, dtype, device), device)
+        sharded = {name for name, p in engine.model.named_parameters() if isinstance(p, DTensor)}
+        whole = {name for name, p in engine.model.named_parameters() if p.ndim == 0}
+        everything = {name for name, _ in engine.model.named_parameters()}
+        assert sharded == (everything - whole if parallel.shards else set())
+        expected = one_process(config, 0, dtype, device, clip=0.0)
+        assert_same(expected, steps(engine, 0, clip=0.0), parallel)
+        clipped = steps(build(config, parallel, world, dtype, device), 4, clip=0.1)
+        expected = one_process(config, 4, dtype, device, clip=0.1)
+        assert min(expected["norms"]) > 0.2  # so that gradients are scaled
+        assert clipped["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+        for name, value in expected["gradients"].items():
+            torch.testing.assert_close(clipped["gradients"][name], value, rtol=1e-2, atol=1e-4)
+    mesh = build_mesh(ParallelConfig(), device)
+    torch.manual_seed(0)
+    model = Transformer(config).to(device)
+    shares = TensorParallel(model, mesh.get_group("tensor"))
+    engine = _fused(WholeModelEngine(model, precision, world=world, tensor_parallel=shares), device)
+    assert_same(one_process(config, 0, dtype, device, clip=0.0), steps(engine, 0, clip=0.0), "tensor")
+    torch.manual_seed(0)
+    engine = PipelineEngine(Transformer(config).to(device), mesh, precision, world=world, micro_batches=4)
+    actual = steps(engine, 0, clip=0.0)
+    for group in ("gradients", "parameters", "state"):
+        actual[group] = {name: value.to(device) for name, value in actual[group].items()}  # gathered on the host
+    expected = one_process(config, 2, dtype, device, clip=0.0)
+    expected["state"] = {name: value.to(device) for name, value in expected["state"].items()}
+    assert_same(expected, actual, "pipeline")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_engines_of_one_process_give_the_bits_of_the_model_without_them(device):
+    spawn(_engines, device, processes=1, seconds=100)
+
+
+def _trainer(rank, device, text, folder):
+    """Train with sharded parameters and without, then again from the sharded checkpoint of the middle."""
+    _start(device)
+    config = tiny_config(Path(text), device=device, model=tiny_model(dim=32), steps=7)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0))
+    quiet, folder = Console(quiet=True), Path(folder)
+    for name, parallel in (("whole", ParallelConfig()), ("sharded", ParallelConfig(shard=0))):
+        run(dataclasses.replace(config, parallel=parallel), folder / name, console=quiet)
+    middle = folder / "sharded" / "checkpoints" / "step_00000005"
+    assert (middle / "shards" / "__0_0.distcp").is_file() and not (middle / "model.safetensors").exists()
+    checkpoint, _ = load_for_resume(middle)
+    run(resumed_config(checkpoint), folder / "again", resume=checkpoint, console=quiet)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sharded_run_of_one_process_has_the_bits_of_the_plain_one_and_resumes(device, tmp_path):
+    spawn(_trainer, device, str(write_text(tmp_path / "text")), str(tmp_path), processes=1, seconds=100)
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)["train"]] for name in ("whole", "sharded")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    expected = load_checkpoint(tmp_path / "whole")
+    for name in ("sharded", "again"):
+        actual = load_checkpoint(tmp_path / name)
+        for group in ("model", "optimizer"):
+            before, after = getattr(expected, group), getattr(actual, group)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[key], after[key]) for key in before), (name, group)
+
+
+def _rules(rank, device):
+    compare(rank, device)
+    train(rank, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sharding_rules_on_a_mesh_of_one_device(device):
+    spawn(_rules, device, processes=1, seconds=100)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torchrun_of_a_sharded_recipe_with_one_process(device, tmp_path):
+    text = write_text(tmp_path / "text")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    words = ["train", "--recipe", "medium_fsdp", "--data", str(text), "--out", str(tmp_path / "run"), *TINY]
+    words[words.index("--device") + 1] = device
+    done = subprocess.run([*launcher, "-m", "mhc_layers", *words], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "certified norm" in done.stdout and "terminate called" not in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_00000004" / "shards").is_dir()
+    assert load_checkpoint(tmp_path / "run").step == 4
