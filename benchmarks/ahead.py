@@ -12,15 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 __all__ = ["compile_ahead"]
 
 
-def compile_ahead(
-    commands: Sequence[Sequence[str]], jobs: int, seconds: float, *, module: str = "benchmarks", threads: int = 1
-) -> str:
+def compile_ahead(commands: Sequence[Sequence[str]], jobs: int, seconds: float, *, module: str = "benchmarks") -> str:
     """Run ``python -m module`` with each list of arguments, ``jobs`` at a time; return what happened in a sentence.
 
     A process that still runs after ``seconds`` is ended. A failure here is no error: the measurement meets it again and
-    reports it. ``threads`` is for each process's own compiler workers.
+    reports it.
     """
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", **os.environ}
     stop = time.monotonic() + seconds
 
     def run(arguments: Sequence[str]) -> bool:

@@ -19,14 +19,26 @@ from benchmarks.report import provenance
 
 __all__ = ["Memory", "Times", "copy_rate", "free", "machine", "measure_memory", "time_calls"]
 
+_SLOW_MS = 20.0
+"""A call that takes longer is repeated three times at least, a shorter one five times."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Microseconds of one call: as the caller sees it, and in a CUDA graph (None if it cannot be captured)."""
+    """Microseconds of one call: as the caller sees it, and in a CUDA graph (None if it cannot be captured).
+
+    ``one_thread`` is as called with the backward in the calling thread; None if it was not asked for.
+    """
 
     called: float
     graph: float | None
     refused: str | None = None
+    one_thread: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """What a report keeps."""
+        row = {"called_us": self.called, "graph_us": self.graph, "graph_refused": self.refused}
+        return row if self.one_thread is None else row | {"one_thread_us": self.one_thread}
 
     @property
     def best(self) -> float:
@@ -61,14 +73,17 @@ def _median_us(run: Callable[[int], None], repeats: int) -> float:
 def _repeats(run: Callable[[int], None], budget_ms: float) -> int:
     run(0)
     once = max(_median_us(run, 1) / 1e3, 1e-3)
-    return int(min(60, max(5, budget_ms / once)))
+    return int(min(60, max(5 if once < _SLOW_MS else 3, budget_ms / once)))
 
 
-def time_calls(calls: Sequence[Callable[[], Any]], *, graph: bool = True, budget_ms: float = 60.0) -> Times:
+def time_calls(
+    calls: Sequence[Callable[[], Any]], *, graph: bool = True, budget_ms: float = 60.0, one_thread: bool = False
+) -> Times:
     """Time functions that do the same work on different inputs, in turn.
 
     ``called`` is the median over single calls between two events on an idle stream, which includes gaps between
     launches when the host is slower than the device. ``graph`` captures all calls once and divides the replay's median.
+    ``one_thread`` also times calls while autograd runs backwards in the calling thread, not in its own.
     """
     for call in calls:
         call()
@@ -78,8 +93,12 @@ def time_calls(calls: Sequence[Callable[[], Any]], *, graph: bool = True, budget
         calls[index % len(calls)]()
 
     called = _median_us(as_called, _repeats(as_called, budget_ms))
+    in_one_thread: float | None = None
+    if one_thread:
+        with torch.autograd.set_multithreading_enabled(False):
+            in_one_thread = _median_us(as_called, _repeats(as_called, budget_ms))
     if not graph:
-        return Times(called, None, "not asked for")
+        return Times(called, None, "not asked for", in_one_thread)
     stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     try:
         stream.wait_stream(torch.cuda.current_stream())
@@ -93,12 +112,12 @@ def time_calls(calls: Sequence[Callable[[], Any]], *, graph: bool = True, budget
                 call()
     except Exception as error:
         _recover_from_failed_capture()
-        return Times(called, None, _first_cause(error))
+        return Times(called, None, _first_cause(error), in_one_thread)
 
     def replay(index: int) -> None:
         captured.replay()
 
-    return Times(called, _median_us(replay, _repeats(replay, budget_ms)) / len(calls))
+    return Times(called, _median_us(replay, _repeats(replay, budget_ms)) / len(calls), None, in_one_thread)
 
 
 def _first_cause(error: BaseException) -> str:

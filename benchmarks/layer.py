@@ -20,11 +20,20 @@ import torch
 
 from benchmarks.ahead import compile_ahead
 from benchmarks.device import copy_rate, free, machine
-from benchmarks.layer_kernels import measure_kernels
-from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows, survives
+from benchmarks.layer_kernels import compile_kernels, measure_kernels
+from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows
 from benchmarks.layer_peers import PEERS, Peer
 from benchmarks.layer_report import markdown, plot
-from benchmarks.report import add_options, command, finish, write
+from benchmarks.report import (
+    Deadline,
+    add_compile_options,
+    add_options,
+    command,
+    finish,
+    seconds_to_compile,
+    survives,
+    write,
+)
 
 __all__ = ["PACKAGES", "main", "run"]
 
@@ -39,26 +48,42 @@ PACKAGES = (
     "transformers",
 )
 
-#: in order of importance: every shape is measured for the names of one group before the next group starts
-GROUPS: tuple[tuple[str, ...], ...] = (
-    ("ours, fused", "TileKernels"),
-    ("ours, fused, all Triton",),
-    ("torch.compile, bf16 GEMM", "transformers DeepSeek-V4"),
-    ("eager, fp32", "ours, plain torch", "ours, plain torch, compiled"),
-    ("Liger",),  # tunes itself for a minute and a half at each new shape
+#: measured at every shape before anything else: what most bars are about
+FIRST = ("ours, fused", "TileKernels")
+#: the others in order of importance: all of them at the first shape, then, after the kernels alone, at the other shapes
+THEN = (
+    "ours, fused, all Triton",
+    "Liger",
+    "transformers DeepSeek-V4",
+    "eager, fp32",
+    "torch.compile, bf16 GEMM",
+    "ours, plain torch",
+    "ours, plain torch, compiled",
 )
 
 SHAPES = ((16384, 4096), (16384, 1280), (16384, 7168), (4096, 1280), (4096, 4096))
 _IMPLEMENTATIONS = {peer.name: peer for peer in (*OURS, *PEERS)}
 
 
-def _jobs(shapes: list[tuple[int, int]], n: int, names: list[str]) -> list[list[str]]:
+def _jobs(shapes: list[tuple[int, int]], n: int, names: list[str], kernels: bool) -> list[list[str]]:
     """One command for each implementation that compiles and each shape, the slowest first."""
     work = [(name, shape) for name in names if _IMPLEMENTATIONS[name].builds for shape in shapes]
-    work.sort(key=lambda item: item[0] != "TileKernels")
+    work.sort(key=lambda item: (item[0] != "Liger", item[0] != "TileKernels", -item[1][1]))
     return [
         ["layer", "--compile-only", "--names", name, "--shapes", f"{m}x{c}", "--streams", str(n)]
+        + ["--kernels"] * (kernels and name == FIRST[0])
         for name, (m, c) in work
+    ]
+
+
+def _order(shapes: list[tuple[int, int]], names: list[str]) -> list[tuple[tuple[int, int], str | None]]:
+    """Which implementation is measured when at which shape; None stands for the kernels alone."""
+    then = [name for name in THEN if name in names]
+    return [
+        *((shape, name) for shape in shapes for name in FIRST if name in names),
+        *((shapes[0], name) for name in then),
+        *((shape, None) for shape in shapes),
+        *((shape, name) for name in then for shape in shapes[1:]),
     ]
 
 
@@ -75,7 +100,7 @@ def run(
     n: int,
     names: list[str],
     chain: int,
-    seconds: float,
+    deadline: Deadline,
     report: dict[str, Any],
     save: Callable[[], None],
     *,
@@ -83,43 +108,40 @@ def run(
 ) -> None:
     """Measure every implementation at every shape into ``report``; ``save`` is called after each row.
 
-    The kernels alone come after the first two groups. No row starts after ``seconds``; what was not reached is named.
+    No row starts after the deadline; what was not reached is named.
     """
-    stop = time.monotonic() + seconds
     rate = report["copy_bytes_per_second"] = copy_rate()
     by_shape: dict[tuple[int, int], dict[str, Any]] = {}
     for m, c in shapes:
         floor_us = {step: count * 2 * m * c / rate * 1e6 for step, count in floors(n).items()}
         by_shape[m, c] = {"tokens": m, "dim": c, "floor_us": floor_us, "rows": []}
         report["shapes"].append(by_shape[m, c])
-    for index, group in enumerate(GROUPS):
-        for shape in report["shapes"] if kernels and index == 2 else []:
-            if time.monotonic() < stop:
-                failure: dict[str, Any] = {}
-                with survives(failure):
-                    shape["kernels"] = measure_kernels(shape["tokens"], n, shape["dim"])
-                if failure:
-                    shape["kernels"] = [{"name": "all", "row": "-", "streams": None, **failure}]
-                save()
-                free()
-        for m, c in shapes:
-            inputs: list[Inputs] = []
-            for name in (name for name in group if name in names):
-                if time.monotonic() > stop:
-                    by_shape[m, c]["rows"].append({"name": name, "skipped": f"not reached in {seconds:.0f} s"})
-                    continue
-                # sets that together exceed the L2 cache
-                inputs = inputs or [Inputs.random(m, n, c, seed) for seed in range(2 if m * c > 1e7 else 4)]
-                row = _row(_IMPLEMENTATIONS[name], n, c, inputs, chain)
-                by_shape[m, c]["rows"].append(row)
-                save()
-                print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)
-                free()
-                if _IMPLEMENTATIONS[name].builds:
-                    torch.compiler.reset()
-            del inputs
-            free()
+    inputs: dict[tuple[int, int], list[Inputs]] = {}
+    for (m, c), name in _order(shapes, names):
+        if name is None:
+            if kernels:
+                by_shape[m, c]["kernels"] = _kernels(m, n, c, deadline)
+        elif deadline.passed:
+            by_shape[m, c]["rows"].append({"name": name, "skipped": deadline.reason})
+        else:
+            if (m, c) not in inputs:  # sets that together exceed the L2 cache
+                inputs = {(m, c): [Inputs.random(m, n, c, seed) for seed in range(2 if m * c > 1e7 else 4)]}
+            row = _row(_IMPLEMENTATIONS[name], n, c, inputs[m, c], chain)
+            by_shape[m, c]["rows"].append(row)
+            print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)
+            if _IMPLEMENTATIONS[name].builds:
+                torch.compiler.reset()
+        save()
+        free()
     save()
+
+
+def _kernels(m: int, n: int, c: int, deadline: Deadline) -> list[dict[str, Any]]:
+    failure = {"skipped": deadline.reason}
+    if not deadline.passed:
+        with survives(failure):
+            return measure_kernels(m, n, c)
+    return [{"name": "all", "row": "-", "streams": None, **failure}]
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -136,9 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--names", nargs="+", choices=list(_IMPLEMENTATIONS), help="only these implementations")
     parser.add_argument("--chain", type=int, default=12, help="sites of the longer chain; 0 leaves chains out")
     parser.add_argument("--kernels", action="store_true", help="also time each kernel alone against its own bytes")
-    parser.add_argument("--seconds", type=float, default=600.0, help="start no row later than this")
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
-    parser.add_argument("--compile-only", action="store_true", help="fill the caches on disk, measure nothing")
+    add_compile_options(parser)
     add_options(parser)
     return parser
 
@@ -158,20 +178,22 @@ def main(argv: list[str]) -> int:
             with rows(_IMPLEMENTATIONS[name]):
                 for m, c in arguments.shapes:
                     compile_only(_IMPLEMENTATIONS[name], arguments.streams, c, m)
+        if arguments.kernels:
+            for m, c in arguments.shapes:
+                compile_kernels(m, arguments.streams, c)
         return 0
     report = {"machine": machine(PACKAGES, arguments.commit), "streams": arguments.streams, "shapes": []}
     report["command"] = command("layer", argv)
-    start = time.monotonic()
+    deadline = Deadline(arguments.seconds)
     if arguments.jobs:
-        commands = _jobs(arguments.shapes, arguments.streams, names)
-        done = compile_ahead(commands, arguments.jobs, arguments.seconds / 2)
+        commands = _jobs(arguments.shapes, arguments.streams, names, arguments.kernels)
+        done = compile_ahead(commands, arguments.jobs, seconds_to_compile(arguments))
         print(done, file=sys.stderr, flush=True)
         if arguments.compile_only:
             return 0
 
     gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
-    left = arguments.seconds - (time.monotonic() - start)
     save = partial(write, arguments, report, markdown)
-    run(arguments.shapes, arguments.streams, names, arguments.chain, left, report, save, kernels=arguments.kernels)
+    run(arguments.shapes, arguments.streams, names, arguments.chain, deadline, report, save, kernels=arguments.kernels)
     finish(arguments, report, markdown, plot)
     return 0

@@ -105,8 +105,10 @@ def judge(report: dict[str, Any]) -> list[Verdict]:
         verdicts.append(Verdict("fwd+bwd without CUDA C++, of 29 E, C = 4096", value, 1.8, 1.6))
     for c in _SMALL:
         if (4096, c) in shapes:
-            called, graph = (look.timed(4096, c, FUSED, "both", key) for key in ("called_us", "graph_us"))
-            verdicts.append(Verdict(f"as called, of its graph, M = 4096, C = {c}", _quotient(called, graph), 1.5, 1.2))
+            graph = look.timed(4096, c, FUSED, "both", "graph_us")
+            for key, how in (("called_us", "as called"), ("one_thread_us", "as called in one thread")):
+                value = _quotient(look.timed(4096, c, FUSED, "both", key), graph)
+                verdicts.append(Verdict(f"{how}, of its graph, M = 4096, C = {c}", value, 1.5, 1.2))
             value = _quotient(graph, look.floor(4096, c, "both"))
             verdicts.append(Verdict(f"in a graph, of 29 E, M = 4096, C = {c}", value, 2.0))
     verdicts += _memory_and_errors(look, sorted(shapes))

@@ -31,10 +31,11 @@ def _speed(shape: dict[str, Any]) -> list[str]:
                 _ratio(best_us(row["forward"]), floor["forward"]),
                 graph,
                 _ratio(both["called_us"], floor["both"]),
+                _ratio(both.get("one_thread_us"), floor["both"]),
             ]
         )
-    header = ["implementation", "read", "write", "forward", "fwd+bwd in a graph", "fwd+bwd as called"]
-    floor_row = ["*floor, us*", *(f"{floor[key]:.0f}" for key in ("pre", "post", "forward", "both", "both"))]
+    header = ["implementation", "read", "write", "forward", "fwd+bwd in a graph", "fwd+bwd as called", "in one thread"]
+    floor_row = ["*floor, us*", *(f"{floor[key]:.0f}" for key in ("pre", "post", "forward", "both", "both", "both"))]
     return table(header, [floor_row, *rows])
 
 
@@ -50,14 +51,15 @@ def _chains(shape: dict[str, Any]) -> list[str]:
             for step in ("forward", "both"):
                 found = (chain[step]["half_us"], best_us(chain[step]), chain[step]["site_us"])
                 cells += [_ratio(value, floor[step]) for value in found]
-            rows.append([*cells, _ratio(chain["both"]["called_us"], floor["both"]), f"{chain['kept_per_site']:.0f}"])
+            cells += [_ratio(chain["both"].get(key), floor["both"]) for key in ("called_us", "one_thread_us")]
+            rows.append([*cells, f"{chain['kept_per_site']:.0f}"])
     if not rows:
         return []
     short = length // 2
     header = ["per site of a chain"]
     for step in ("forward", "fwd+bwd"):
         header += [f"{step}, {short} sites", f"{step}, {length} sites", f"{step}, without the ends"]
-    header += ["fwd+bwd as called", "kept, bytes"]
+    header += ["fwd+bwd as called", "in one thread", "kept, bytes"]
     text = f"Chains of {short} and {length} sites. Without the ends: what each of the last {length - short} sites adds."
     return ["", text, "", *table(header, rows)]
 
@@ -130,7 +132,8 @@ def markdown(report: dict[str, Any]) -> str:
         "A cell is time / floor (microseconds). Floors touch each tensor once at the copy rate: read n+1, write 2n+1, "
         "forward 3n+2, forward and backward 6n+5 streams E of M C 2 bytes; coefficients and phi are left out, which "
         "makes the ratios stricter. Times are medians, by graph replay where that is the smaller, unless the column "
-        "says which.",
+        "says which. *In one thread* is as called with `torch.autograd.set_multithreading_enabled(False)`: the "
+        "backward runs in the calling thread, not in autograd's own.",
         "",
         *_bars(report),
     ]

@@ -27,7 +27,15 @@ from typing import Any
 import numpy as np
 
 import birkhoff
-from benchmarks.report import add_options, command, finish, write
+from benchmarks.report import (
+    Deadline,
+    add_compile_options,
+    add_options,
+    command,
+    finish,
+    seconds_to_compile,
+    write,
+)
 from benchmarks.timing import host_machine, time_host
 from birkhoff import reference
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
@@ -140,7 +148,7 @@ class Device:
     time: Callable[[list[Callable[[], Any]]], dict[str, Any]]
     describe: Callable[[str | None], dict[str, Any]]
     markdown: Callable[[dict[str, Any]], str]
-    prepare: Callable[[Any, float], dict[str, Any]] = lambda rows, seconds: {}
+    prepare: Callable[[Any, int, float], dict[str, Any]] = lambda rows, jobs, seconds: {}
     floor: Callable[[], dict[str, Any]] = lambda: {}
     after: Callable[[Contestant], None] = lambda contestant: None
     plot: Callable[[dict[str, Any], Path], None] | None = None
@@ -380,14 +388,16 @@ def run(
     contestants: tuple[Contestant, ...],
     device: Device,
     save: Callable[[dict[str, Any]], None] = lambda report: None,
-    budget: float = float("inf"),
-    compile_ahead: float = 45.0,
+    deadline: Deadline | None = None,
+    jobs: int = 0,
+    compile_seconds: float = 300.0,
     commit: str | None = None,
 ) -> dict[str, Any]:
     """Measure every contestant on every case, in turns; ``save`` gets the report after each row.
 
-    Once ``budget`` seconds are spent the remaining rows say so instead of running. Compilers get ``compile_ahead``
-    seconds before the first row. ``commit`` is for a tree without its git folder.
+    Ours come first; then every peer on the first two cases, which bars are set for; then the peers on the others. No
+    row starts after the deadline; those that were not reached say so. ``jobs`` processes compile before the first row,
+    for ``compile_seconds`` at most. ``commit`` is for a tree without its git folder.
     """
     started = time.monotonic()
     entries = [{"case": asdict(case) | {"title": case.title, "floor_bytes": case.floor_bytes}} for case in cases]
@@ -396,13 +406,13 @@ def run(
         "results": [entry | {"rows": []} for entry in entries],
     }
     pairs = [(index, contestant) for index in range(len(cases)) for contestant in contestants]
-    pairs.sort(key=lambda pair: pair[1].turn)
-    report |= device.prepare([(cases[index], contestant) for index, contestant in pairs], compile_ahead)
+    pairs.sort(key=lambda pair: (pair[1].turn > 0, pair[1].turn > 0 and pair[0] > 1, pair[1].turn))
+    report |= device.prepare([(cases[index], contestant) for index, contestant in pairs], jobs, compile_seconds)
     report |= device.floor()
     for index, contestant in pairs:
-        if time.monotonic() - started > budget and refusal(contestant, cases[index]) is None:
+        if deadline is not None and deadline.passed and refusal(contestant, cases[index]) is None:
             row = {"name": contestant.name, "ours": contestant.ours, "computes": contestant.computes}
-            row["skipped"] = f"not run: the {budget:g} s of this run were spent"
+            row["skipped"] = deadline.reason
         else:
             row = measure(contestant, cases[index], device.time)
             device.after(contestant)
@@ -478,9 +488,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cases", nargs="+", help="only titles that contain one of these")
     parser.add_argument("--names", nargs="+", help="only contestants whose name contains one of these")
     parser.add_argument("--threads", type=int, help="threads of torch (NumPy reads OMP_NUM_THREADS)")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
-    parser.add_argument("--compile-ahead", type=float, default=45.0, help="seconds for compilers before the first row")
-    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
+    add_compile_options(parser)
     add_options(parser)
     arguments = parser.parse_args(argv)
     device = devices[arguments.device]
@@ -490,8 +498,9 @@ def main(argv: list[str]) -> int:
     cases = tuple(c for c in cases if c.device == arguments.device and _named(c.title, arguments.cases))
     contestants = tuple(c for c in contestants if _named(c.name, arguments.names))
     about = {"threads": _threads(arguments.threads), "command": command("projection", argv)}
+    deadline, seconds = Deadline(arguments.seconds), seconds_to_compile(arguments)
     if arguments.compile_only:
-        print(device.prepare([(case, peer) for case in cases for peer in contestants], arguments.compile_ahead))
+        print(device.prepare([(case, peer) for case in cases for peer in contestants], max(1, arguments.jobs), seconds))
         return 0
 
     def save(report: dict[str, Any]) -> None:
@@ -499,7 +508,7 @@ def main(argv: list[str]) -> int:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = run(cases, contestants, device, save, arguments.budget, arguments.compile_ahead, arguments.commit)
+        report = run(cases, contestants, device, save, deadline, arguments.jobs, seconds, arguments.commit)
     finish(arguments, report | about, device.markdown, device.plot)
     wrong = [row for result in report["results"] for row in result["rows"] if row["ours"] and "wrong" in row]
     return 1 if wrong else 0

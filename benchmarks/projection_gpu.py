@@ -2,8 +2,8 @@
 
 ``median`` is the time as called (launches included), ``graph`` the replay of a CUDA graph where it can be captured,
 ``fastest`` the smaller. Inputs are made on the device and rotate over sets that together exceed the second-level cache.
-Floors divide the bytes by the copy rate of the same run. Everything that compiles is compiled by processes side by side
-before the first row, into the compilers' caches on disk.
+Floors divide the bytes by the copy rate of the same run. With ``--jobs``, what compiles is compiled by processes side
+by side before the first row, into the compilers' caches on disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -214,17 +213,19 @@ CONTESTANTS = (
 # The device
 
 
-def _prepare(rows: Sequence[tuple[Case, Contestant]], seconds: float) -> dict[str, Any]:
-    """Run what compiles once, in processes side by side that are ended after so many seconds."""
+def _prepare(rows: Sequence[tuple[Case, Contestant]], jobs: int, seconds: float) -> dict[str, Any]:
+    """Run what compiles once, peers first, in processes side by side that are ended after so many seconds."""
     tasks, seen = [], set()
-    for case, contestant in rows:
+    for case, contestant in sorted(rows, key=lambda row: row[1].ours):
         kept = (contestant.name, case.n, case.gradient, case.batch if contestant.compiles == "exact" else 0)
         if contestant.compiles and refusal(contestant, case) is None and kept not in seen:
             seen.add(kept)
             tasks.append((case.title, contestant.name))
-    workers = min(len(tasks), max(1, len(os.sched_getaffinity(0)) - 1))
+    workers = min(len(tasks), jobs)
+    if not workers:
+        return {}
     commands = [[json.dumps(tasks[index::workers])] for index in range(workers)]
-    return {"compiled_ahead": compile_ahead(commands, workers, seconds, module=__name__, threads=4)}
+    return {"compiled_ahead": compile_ahead(commands, workers, seconds, module=__name__)}
 
 
 def _compile(tasks: list[list[str]]) -> None:

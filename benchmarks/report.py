@@ -10,11 +10,24 @@ import json
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_options", "command", "finish", "measured_on", "provenance", "table", "write"]
+__all__ = [
+    "Deadline",
+    "add_compile_options",
+    "add_options",
+    "command",
+    "finish",
+    "measured_on",
+    "provenance",
+    "seconds_to_compile",
+    "survives",
+    "table",
+    "write",
+]
 
 #: options that do not say what was measured
 _LEFT_OUT = ("--json", "--markdown", "--plot", "--commit")
@@ -56,12 +69,36 @@ def measured_on(about: dict[str, Any]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a report: where it is written and what it is rendered from."""
+    """The options of a report: how long it may take, where it is written and what it is rendered from."""
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin no row later than this after the start")
     parser.add_argument("--commit", help="what the report says it measured, where git cannot say")
     parser.add_argument("--json", type=Path, help="write the report here, after every row")
     parser.add_argument("--markdown", type=Path, help="write the tables here, after every row")
     parser.add_argument("--plot", type=Path, help="draw a figure here at the end (GPU reports; needs matplotlib)")
     parser.add_argument("--from-json", type=Path, help="render an earlier report instead of measuring")
+
+
+def add_compile_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that can compile in processes side by side before it measures."""
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
+    parser.add_argument("--compile-only", action="store_true", help="fill the caches on disk, measure nothing")
+
+
+def seconds_to_compile(arguments: argparse.Namespace) -> float:
+    """What compiling ahead may take of ``--seconds``: half, or all where nothing is measured."""
+    return float(arguments.seconds if arguments.compile_only else arguments.seconds / 2)
+
+
+class Deadline:
+    """The end of ``--seconds``, counted from when this was made."""
+
+    def __init__(self, seconds: float) -> None:
+        self._stop, self.reason = time.monotonic() + seconds, f"not reached in {seconds:g} s"
+
+    @property
+    def passed(self) -> bool:
+        """Whether no row may begin any more; ``reason`` is what it says instead of a time."""
+        return time.monotonic() > self._stop
 
 
 def command(subject: str, arguments: Sequence[str]) -> str:
@@ -95,6 +132,15 @@ def finish(
     print(markdown(report))
     if arguments.plot is not None and plot is not None:
         plot(report, arguments.plot)
+
+
+@contextlib.contextmanager
+def survives(row: dict[str, Any]) -> Iterator[None]:
+    """Turn an implementation's failure into its row, so that the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        row["skipped"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -24,8 +24,17 @@ from torch import Tensor
 from benchmarks.ahead import compile_ahead
 from benchmarks.device import copy_rate, free, machine, time_calls
 from benchmarks.layer import PACKAGES
-from benchmarks.layer_measure import floors, survives
-from benchmarks.report import add_options, command, finish, write
+from benchmarks.layer_measure import floors
+from benchmarks.report import (
+    Deadline,
+    add_compile_options,
+    add_options,
+    command,
+    finish,
+    seconds_to_compile,
+    survives,
+    write,
+)
 from benchmarks.training_report import markdown, plot
 from mhc_layers import Transformer, TransformerConfig
 from mhc_layers._recompute import kept_bytes
@@ -202,9 +211,8 @@ def measure(
     if variant.recompute:
         row["recompute_block"] = block_size(len(model.sites), num_streams=4)
         row["formula_saves_bytes"] = saved_by_recompute(batch * sequence, len(model.sites), dim)
-    times = time_calls([lambda: step(model, tokens, targets)], graph=graph, budget_ms=900.0)
-    row |= {"called_us": times.called, "graph_us": times.graph, "graph_refused": times.refused}
-    return row
+    times = time_calls([lambda: step(model, tokens, targets)], graph=graph, budget_ms=900.0, one_thread=True)
+    return row | times.row()
 
 
 def compile_only(dim: int, num_layers: int, batch: int, sequence: int, names: list[str]) -> None:
@@ -222,15 +230,14 @@ def run(
     sequence: int,
     names: list[str],
     graph: bool,
-    seconds: float,
+    deadline: Deadline,
     report: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
     """Measure every variant at every width into ``report``; ``save`` is called after each row.
 
-    No row starts after ``seconds``; those that were not reached are named.
+    No row starts after the deadline; those that were not reached are named.
     """
-    stop = time.monotonic() + seconds
     rate = report["copy_bytes_per_second"] = copy_rate()
     for dim in dims:
         floor = 2 * num_layers * floors(4)["both"] * 2 * batch * sequence * dim / rate * 1e6
@@ -239,8 +246,8 @@ def run(
         expected: dict[str, Any] = {}
         for variant in (variant for variant in VARIANTS if variant.name in names):
             row: dict[str, Any] = {"name": variant.name}
-            if time.monotonic() > stop:
-                row["skipped"] = f"not reached in {seconds:.0f} s"
+            if deadline.passed:
+                row["skipped"] = deadline.reason
             else:
                 start = time.monotonic()
                 with survives(row):
@@ -262,9 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--names", nargs="+", choices=names, default=names, help="only these connections")
     parser.add_argument("--no-graph", action="store_true", help="time steps as called only")
-    parser.add_argument("--seconds", type=float, default=600.0, help="start no row later than this")
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead; 0 compiles when met")
-    parser.add_argument("--compile-only", action="store_true", help="fill the caches on disk, measure nothing")
+    add_compile_options(parser)
     add_options(parser)
     return parser
 
@@ -286,7 +291,7 @@ def main(argv: list[str]) -> int:
     report = {"machine": machine(PACKAGES, arguments.commit), "widths": []}
     report |= {"layers": arguments.layers, "batch": arguments.batch, "sequence": arguments.sequence}
     report["command"] = command("training", argv)
-    start = time.monotonic()
+    deadline = Deadline(arguments.seconds)
     if arguments.jobs:
         options = ["--layers", "--batch", "--sequence"]
         sizes = [text for pair in zip(options, map(str, shape), strict=True) for text in pair]
@@ -296,14 +301,13 @@ def main(argv: list[str]) -> int:
             for name in arguments.names
             if name in COMPILE_FIRST
         ]
-        print(compile_ahead(commands, arguments.jobs, arguments.seconds / 2), file=sys.stderr, flush=True)
+        print(compile_ahead(commands, arguments.jobs, seconds_to_compile(arguments)), file=sys.stderr, flush=True)
         if arguments.compile_only:
             return 0
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # a step that fell back to eager is no measurement
     gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
-    left = arguments.seconds - (time.monotonic() - start)
     save = partial(write, arguments, report, markdown)
-    run(arguments.dims, *shape, arguments.names, not arguments.no_graph, left, report, save)
+    run(arguments.dims, *shape, arguments.names, not arguments.no_graph, deadline, report, save)
     finish(arguments, report, markdown, plot)
     return 0

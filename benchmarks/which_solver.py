@@ -1,6 +1,6 @@
 """The decision table of ``docs/how_to/which_solver``: what each solver leaves of the marginals, and what it costs.
 
-``python -m benchmarks which_solver --device cuda --markdown table.md``; ``--device cpu`` for NumPy. Errors are of the
+``python -m benchmarks which_solver --device cuda`` for torch on a GPU, ``--device cpu`` for NumPy. Errors are of the
 side that a solver does not make exact, over every matrix of a float32 batch of normal logits, in float64 sums. Times
 are of the public call and relative to ``SinkhornKnopp()`` in the same line.
 """
@@ -8,19 +8,25 @@ are of the public call and relative to ``SinkhornKnopp()`` in the same line.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 import birkhoff
-from benchmarks.timing import time_host
+from benchmarks.report import Deadline, add_options, command, finish, survives, table, write
+from benchmarks.timing import host_machine, time_host
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
-__all__ = ["CHOICES", "Choice", "lines", "main"]
+__all__ = ["CHOICES", "Choice", "main", "markdown", "run"]
+
+PACKAGES = ("birkhoff-mhc", "numpy", "torch", "triton", "cupy-cuda13x")
+
+_LAUNCHES_MATTER = 8e-3
+"""A call on a GPU that takes longer, in seconds, is not captured in a graph: launches are no longer its cost."""
 
 
 @dataclass(frozen=True)
@@ -65,49 +71,121 @@ def _host_seconds(call: Callable[[], Any]) -> float:
 def _device_seconds(call: Callable[[], Any]) -> float:
     from benchmarks.device import time_calls
 
-    return time_calls([call], budget_ms=25.0).best * 1e-6
+    called = time_calls([call], graph=False, budget_ms=25.0).best * 1e-6
+    if called > _LAUNCHES_MATTER:
+        return called
+    return min(called, time_calls([call], budget_ms=25.0).best * 1e-6)
 
 
-def lines(
-    device: str, sizes: tuple[int, ...], stds: tuple[float, ...], batch: Callable[[int], int]
-) -> Iterator[tuple[str, ...]]:
-    """Rows of the table, one for each n and standard deviation."""
+def measure(choice: Choice, logits: Any, seconds: Callable[[Callable[[], Any]], float]) -> dict[str, Any]:
+    """One cell of the table: errors of every matrix of the batch, and seconds of a call."""
+    cell: dict[str, Any] = {"name": choice.title}
+    with survives(cell):
+        errors = _column_errors(choice(logits))
+        cell |= {"median": float(np.median(errors)), "worst": float(errors.max())}
+        cell["seconds"] = seconds(partial(choice, logits))
+    return cell
+
+
+def run(
+    device: str,
+    sizes: list[int],
+    stds: list[float],
+    entries: int,
+    deadline: Deadline,
+    report: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Measure every choice for each n and standard deviation into ``report``; ``save`` is called after each line."""
     make, seconds = (_on_device, _device_seconds) if device == "cuda" else (_on_host, _host_seconds)
     for n in sizes:
         for std in stds:
-            logits = make(batch(n), n, std)
-            cells: list[str] = []
-            unit = 0.0
-            for choice in CHOICES:
-                errors = _column_errors(choice(logits))
-                spent = seconds(partial(choice, logits))
-                if not cells:
-                    unit = spent
-                    cells.append(f"{np.median(errors):.0e} / {errors.max():.0e}, {1e9 * spent / batch(n):.3g} ns")
-                else:
-                    cells.append(f"{errors.max():.0e}, {spent / unit:.2g}")
-            yield (str(n), f"{std:g}", *cells)
+            line: dict[str, Any] = {"n": n, "std": std, "batch": max(1, entries // n**2)}
+            report["lines"].append(line)
+            if deadline.passed:
+                line["skipped"] = deadline.reason
+            else:
+                logits = make(line["batch"], n, std)
+                line["cells"] = [measure(choice, logits, seconds) for choice in CHOICES]
+            save()
+
+
+def _number(value: float) -> str:
+    """Two digits, or a whole number."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _cells(line: dict[str, Any]) -> list[str]:
+    first, *others = line["cells"]
+    unit = first.get("seconds")
+    cells = [str(line["n"]), f"{line['std']:g}"]
+    if unit is None:
+        cells.append("-")
+    else:
+        cells.append(f"{first['median']:.0e} / {first['worst']:.0e}, {_number(1e9 * unit / line['batch'])} ns")
+    for cell in others:
+        timed = unit is not None and "seconds" in cell
+        cells.append(f"{cell['worst']:.0e}, {_number(cell['seconds'] / unit)}" if timed else "-")
+    return cells
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Render a report: the sentence that says where it was measured, and the table."""
+    about = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    first, *others = (choice.title for choice in CHOICES)
+    header = ["n", "logit std", f"{first}: median / worst, time a matrix", *(f"{o}: worst, time" for o in others)]
+    measured = [line for line in report["lines"] if "cells" in line]
+    reasons = [
+        f"- n = {line['n']}, std {line['std']:g}: {line['skipped']}" for line in report["lines"] if "skipped" in line
+    ]
+    reasons += [
+        f"- n = {line['n']}, std {line['std']:g}, {cell['name']}: {cell['skipped']}"
+        for line in measured
+        for cell in line["cells"]
+        if "skipped" in cell
+    ]
+    return "\n".join(
+        [
+            "# What each solver leaves, and what it costs",
+            "",
+            f"{about['date']}, {about['device']}, Python {about['python']}, {versions}; commit {about['commit']}.",
+            f"Command: `{report['command']}`",
+            "",
+            f"Errors of the column sums over every matrix of a batch of {report['entries']} entries, float32, normal "
+            "logits. Times of the public call: nanoseconds a matrix for the first, and relative to it for the others.",
+            "",
+            *table(header, [_cells(line) for line in measured]),
+            *(["", "Not measured:", "", *reasons] if reasons else []),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def _describe(device: str, commit: str | None) -> dict[str, Any]:
+    if device == "cpu":
+        return host_machine(PACKAGES, commit)
+    from benchmarks.device import machine
+
+    return machine(PACKAGES, commit)
 
 
 def main(argv: list[str]) -> int:
-    """Run ``python -m benchmarks which_solver``: print the table, and write it line by line."""
+    """Run ``python -m benchmarks which_solver``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks which_solver", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--stds", type=float, nargs="+", default=[1.0, 3.0, 10.0, 30.0])
     parser.add_argument("--entries", type=int, help="entries of a batch (default 2^18, on a GPU 2^22)")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    add_options(parser)
     arguments = parser.parse_args(argv)
+    if arguments.from_json is not None:
+        finish(arguments, json.loads(arguments.from_json.read_text()), markdown, None)
+        return 0
+    deadline = Deadline(arguments.seconds)
     entries = arguments.entries or (1 << 22 if arguments.device == "cuda" else 1 << 18)
-    first, *others = (choice.title for choice in CHOICES)
-    header = ["n", "logit std", f"{first}: median / worst, time a matrix", *(f"{o}: worst, time" for o in others)]
-    text = "| " + " | ".join(header) + " |\n|" + "---|" * len(header) + "\n"
-    print(text, end="", flush=True)
-    for cells in lines(
-        arguments.device, tuple(arguments.sizes), tuple(arguments.stds), lambda n: max(1, entries // n**2)
-    ):
-        text += (line := "| " + " | ".join(cells) + " |\n")
-        print(line, end="", flush=True)
-        if arguments.markdown is not None:
-            arguments.markdown.write_text(text)
+    report = {"machine": _describe(arguments.device, arguments.commit), "command": command("which_solver", argv)}
+    report |= {"entries": entries, "lines": []}
+    save = partial(write, arguments, report, markdown)
+    run(arguments.device, arguments.sizes, arguments.stds, entries, deadline, report, save)
+    finish(arguments, report, markdown, None)
     return 0

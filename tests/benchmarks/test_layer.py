@@ -17,6 +17,7 @@ from benchmarks import (
     layer_report,
     report,
 )
+from benchmarks.report import Deadline
 from mhc_layers import PAPER
 from mhc_layers._torch_ops import fused_site
 
@@ -56,6 +57,14 @@ def test_a_correct_implementation_passes_its_gate(peer: layer_peers.Peer) -> Non
     assert layer_measure.gate(peer, found) is None
 
 
+def test_tokens_that_are_not_compared_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of the parameters are those of the first tokens, though all tokens run."""
+    monkeypatch.setattr(layer_measure, "CHECKED_TOKENS", 5)
+    runner = PLAIN.make(parameters(4, 32), 4)
+    found = layer_measure.errors(runner, PLAIN, parameters(4, 32), inputs(16, 4, 32))
+    assert layer_measure.gate(PLAIN, found) is None and found["gphi"] < 1e-5
+
+
 def test_a_wrong_convention_fails_the_gate() -> None:
     runner = PLAIN.make(parameters(4, 32), 4)
     wrong = layer_peers.Peer("wrong", PLAIN.make, PLAIN.convention.replace(first="rows", num_iters=1), "")
@@ -63,14 +72,24 @@ def test_a_wrong_convention_fails_the_gate() -> None:
     assert "x_next" in str(layer_measure.gate(wrong, found))
 
 
-def test_every_implementation_is_in_one_group_and_can_be_asked_for() -> None:
-    assert sorted(name for group in layer.GROUPS for name in group) == sorted(layer._IMPLEMENTATIONS)
+def test_every_implementation_has_its_turn() -> None:
+    assert sorted((*layer.FIRST, *layer.THEN)) == sorted(layer._IMPLEMENTATIONS)
+
+
+def test_bars_come_first_then_every_peer_once_then_the_rest() -> None:
+    large, small = (16, 32), (8, 32)
+    order = layer._order([large, small], ["Liger", "TileKernels", "eager, fp32"])
+    assert order == [
+        *((large, "TileKernels"), (small, "TileKernels"), (large, "Liger"), (large, "eager, fp32")),
+        *((large, None), (small, None), (small, "Liger"), (small, "eager, fp32")),
+    ]
 
 
 def test_jobs_that_compile_ahead_start_with_the_slowest() -> None:
-    jobs = layer._jobs([(16, 32), (8, 32)], 4, ["Liger", "eager, fp32", "TileKernels"])
-    assert [job[3] for job in jobs] == ["TileKernels", "TileKernels", "Liger", "Liger"]
-    assert layer._parser().parse_args(jobs[0][1:]).shapes == [(16, 32)]
+    jobs = layer._jobs([(16, 32), (8, 64)], 4, ["ours, fused", "eager, fp32", "TileKernels", "Liger"], True)
+    assert [job[3] for job in jobs] == ["Liger", "Liger", "TileKernels", "TileKernels", "ours, fused", "ours, fused"]
+    assert layer._parser().parse_args(jobs[0][1:]).shapes == [(8, 64)]
+    assert [layer._parser().parse_args(job[1:]).kernels for job in jobs] == [False] * 4 + [True] * 2
 
 
 def test_a_job_that_fails_or_is_late_is_counted_and_not_raised() -> None:
@@ -113,10 +132,10 @@ def times(called: float, graph: float | None) -> dict:
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what the benchmark runs on the CPU, once each, with invented times."""
 
-    def time_calls(calls: list, **_: object) -> device.Times:
+    def time_calls(calls: list, one_thread: bool = False, **_: object) -> device.Times:
         for call in calls:
             call()
-        return device.Times(200.0 * len(calls), 100.0 * len(calls))
+        return device.Times(200.0 * len(calls), 100.0 * len(calls), None, 150.0 * len(calls) if one_thread else None)
 
     def measure_memory(forward: Callable, backward: Callable, outputs: int) -> device.Memory:
         backward(forward())
@@ -136,17 +155,20 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_a_gpu")
-def test_a_run_measures_by_groups_saves_each_row_and_stops_in_time() -> None:
+def test_a_run_saves_each_row_and_stops_in_time() -> None:
     names, saved = ["ours, fused", "Liger", "eager, fp32"], []
     report = {"machine": MACHINE, "streams": 4, "shapes": []}
     shapes = [(16, 32), (8, 32)]
-    layer.run(shapes, 4, names, 2, 600.0, report, lambda: saved.append(layer_report.markdown(report)), kernels=True)
+    late = Deadline(600.0)
+    layer.run(shapes, 4, names, 2, late, report, lambda: saved.append(layer_report.markdown(report)), kernels=True)
     assert len(saved) == 9 and sorted(row["name"] for row in report["shapes"][1]["rows"]) == sorted(names)
-    fused, eager, liger = report["shapes"][0]["rows"]
-    assert fused["chain"]["fused"]["both"] == times(100.0, 50.0) | {"site_us": 0.0, "half_us": 100.0}
+    fused, liger, eager = report["shapes"][0]["rows"]
+    chain = times(100.0, 50.0) | {"one_thread_us": 75.0, "site_us": 0.0, "half_us": 100.0}
+    assert fused["chain"]["fused"]["both"] == chain and fused["both"]["one_thread_us"] == 600.0
+    assert "one_thread_us" not in fused["forward"]
     assert fused["same_bits"] and "not installed" in liger["skipped"] and eager["both"]["called_us"] == 800.0
     assert "| ours, fused, fused boundaries |" in saved[0] and "kernels" in report["shapes"][0]
-    layer.run(shapes, 4, names, 4, -1.0, report, lambda: None)
+    layer.run(shapes, 4, names, 4, Deadline(-1.0), report, lambda: None)
     assert all("not reached" in row["skipped"] for shape in report["shapes"][2:] for row in shape["rows"])
 
 

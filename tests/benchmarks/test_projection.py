@@ -88,10 +88,10 @@ def test_every_subject_has_a_command_line(subject: str, capsys: pytest.CaptureFi
     assert f"usage: python -m benchmarks {subject} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("subject", ["layer", "projection", "sinkhorn", "training"])
+@pytest.mark.parametrize("subject", ["layer", "projection", "sinkhorn", "training", "which_solver"])
 def test_committed_pages_are_what_their_json_renders_to(subject: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    device = "cpu" if subject == "projection" else "h100"
+    device = "cpu" if subject in ("projection", "which_solver") else "h100"
     page = next(REPORTS.glob(f"{subject}_{device}_*.md"))
     command = {"sinkhorn": ["projection", "--device", "cuda"]}.get(subject, [subject])
     written = tmp_path / "page.md"

@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 
 from benchmarks import projection, projection_gpu, projection_report
 from benchmarks.projection import Case, Contestant, Device, measure, run, time_limit
+from benchmarks.report import Deadline
 from birkhoff import reference
 
 CONTESTANTS = {contestant.name: contestant for contestant in projection_gpu.CONTESTANTS}
@@ -71,9 +72,26 @@ def test_ours_run_first_and_every_row_is_saved_when_it_is_there() -> None:
     assert peer["failed"] == "ValueError: a peer's own trouble"
 
 
+def test_every_peer_runs_the_first_two_cases_before_any_other() -> None:
+    order: list[tuple[str, int]] = []
+
+    def named(name: str, turn: int) -> Contestant:
+        def function(x: np.ndarray) -> np.ndarray:
+            order.append((name, x.shape[-1]))
+            return reference.sinkhorn(x)
+
+        return contestant(name, function, turn=turn)
+
+    run(tuple(Case(n, 8) for n in (2, 3, 4)), (named("slow", 3), named("quick", 1), named("ours", 0)), device())
+    calls = [(name, n) for name, n in dict.fromkeys(order)]
+    assert calls[:3] == [("ours", 2), ("ours", 3), ("ours", 4)]
+    assert calls[3:] == [("quick", 2), ("quick", 3), ("slow", 2), ("slow", 3), ("quick", 4), ("slow", 4)]
+
+
 def test_what_the_time_does_not_allow_says_so() -> None:
-    report = run((Case(2, 8),), (contestant("ours", reference.sinkhorn, ours=True),), device(), budget=-1.0)
-    assert "were spent" in report["results"][0]["rows"][0]["skipped"]
+    ours = contestant("ours", reference.sinkhorn, ours=True)
+    report = run((Case(2, 8),), (ours,), device(), deadline=Deadline(-1.0))
+    assert report["results"][0]["rows"][0]["skipped"] == "not reached in -1 s"
 
 
 def test_a_row_is_given_up_after_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +112,8 @@ def test_what_compiles_is_shared_out_to_processes_once(monkeypatch: pytest.Monke
     cases = [case(n=4, batch=batch, gradient=False) for batch in (1 << 20, 1 << 22)]
     eager = contestant("eager", abs)
     rows = [(chosen, peer) for chosen in cases for peer in (CUDA, replace(CUDA, name="one", compiles="exact"), eager)]
-    assert projection_gpu._prepare(rows, 10.0) == {"compiled_ahead": "done"}
+    assert projection_gpu._prepare(rows, 0, 10.0) == {}
+    assert projection_gpu._prepare(rows, 8, 10.0) == {"compiled_ahead": "done"}
     ((commands, options),) = asked
     tasks = [tuple(task) for (text,) in commands for task in json.loads(text)]
     assert sorted(tasks) == sorted([(cases[0].title, CUDA.name), *((chosen.title, "one") for chosen in cases)])
