@@ -10,6 +10,7 @@ SUBJECTS = {
     "layer": "one mHC site, everything but its sublayer (GPU)",
     "training": "forward and backward of a whole model (GPU)",
     "which_solver": "what each solver leaves of the marginals, and what it costs (CPU or GPU)",
+    "summary": "no measurement: what the committed GPU reports say, written into README and the pages that quote them",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.layer_peers import PEERS
 
-__all__ = ["Verdict", "against_peers", "best_us", "judge"]
+__all__ = ["FUSED", "Lookup", "Verdict", "against_peers", "best_us", "judge"]
 
 FUSED, TRITON = "ours, fused", "ours, fused, all Triton"
 _LARGE, _SMALL = (1280, 4096, 7168), (1280, 4096)
@@ -39,7 +39,7 @@ def best_us(times: dict[str, Any] | None) -> float | None:
     return min(value for value in (times["called_us"], times["graph_us"]) if value is not None)
 
 
-class _Report:
+class Lookup:
     """Look-ups that return None for what a report does not hold."""
 
     def __init__(self, report: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def _quotient(top: float | None, bottom: float | None) -> float | None:
 
 def judge(report: dict[str, Any]) -> list[Verdict]:
     """Return the verdict on every bar whose shape the report has, n = 4."""
-    look, verdicts = _Report(report), []
+    look, verdicts = Lookup(report), []
     shapes = {(shape["tokens"], shape["dim"]) for shape in report["shapes"]}
     for c, bar in zip(_LARGE, (1.9, 1.75, 1.75), strict=True):
         if (16384, c) in shapes:
@@ -115,7 +115,7 @@ def judge(report: dict[str, Any]) -> list[Verdict]:
     return verdicts
 
 
-def _memory_and_errors(look: _Report, shapes: list[tuple[int, int]]) -> list[Verdict]:
+def _memory_and_errors(look: Lookup, shapes: list[tuple[int, int]]) -> list[Verdict]:
     """The worst of all shapes that were measured."""
     found = [(m, c, row) for m, c in shapes if (row := look.row(m, c, FUSED)) is not None]
 
@@ -138,7 +138,7 @@ def _memory_and_errors(look: _Report, shapes: list[tuple[int, int]]) -> list[Ver
 
 def against_peers(report: dict[str, Any]) -> list[list[str]]:
     """Rows of a table: shape, then how many times longer each peer takes than ours, forward and backward of a site."""
-    look, table = _Report(report), []
+    look, table = Lookup(report), []
     for shape in report["shapes"]:
         m, c = shape["tokens"], shape["dim"]
         ours, cells = look.ours(m, c), []

@@ -8,10 +8,10 @@ from typing import Any
 
 from benchmarks.report import measured_on, table
 
-__all__ = ["markdown", "plot"]
+__all__ = ["CUDA", "LARGE", "TRITON", "Rows", "markdown", "plot"]
 
 
-class _Rows:
+class Rows:
     """Rows by case and by implementation."""
 
     def __init__(self, report: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ CUDA, TRITON = "our CUDA kernels, no autograd", "our Triton kernels, no autograd
 NEWTON, LARGE = "our Newton kernel to 1e-6", "ours: passes in one launch"
 
 
-def _bars(rows: _Rows) -> list[tuple[str, str, str]]:
+def _bars(rows: Rows) -> list[tuple[str, str, str]]:
     """What was asked for, what this run has, and the verdict."""
     lines = []
 
@@ -77,7 +77,7 @@ def _bars(rows: _Rows) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _against_peers(rows: _Rows) -> tuple[str, str, str]:
+def _against_peers(rows: Rows) -> tuple[str, str, str]:
     """The fastest of ours against the fastest of the others on every case where both have a time."""
     factors = []
     for result in rows.results:
@@ -92,7 +92,7 @@ def _against_peers(rows: _Rows) -> tuple[str, str, str]:
     return "faster than every peer of this run", text, "met" if min(factors) > 1 else "**missed**"
 
 
-def _batches(rows: _Rows, gradient: bool, cell: Callable[[dict[str, Any], dict[str, Any]], str]) -> list[str]:
+def _batches(rows: Rows, gradient: bool, cell: Callable[[dict[str, Any], dict[str, Any]], str]) -> list[str]:
     """Implementations down, sizes across."""
     results = [
         result for result in rows.results if not result["case"].get("kind") and result["case"]["gradient"] == gradient
@@ -113,7 +113,7 @@ def _batches(rows: _Rows, gradient: bool, cell: Callable[[dict[str, Any], dict[s
     return table(header, [["*floor, us*", *floors], *lines])
 
 
-def _others(rows: _Rows) -> list[str]:
+def _others(rows: Rows) -> list[str]:
     """Newton, the vertices and the large matrix: one table each."""
     lines = []
     for result in rows.results:
@@ -137,7 +137,7 @@ def _others(rows: _Rows) -> list[str]:
     return lines
 
 
-def _accuracy(rows: _Rows) -> list[str]:
+def _accuracy(rows: Rows) -> list[str]:
     lines = []
     for name in rows.names:
         found = [
@@ -153,7 +153,7 @@ def _accuracy(rows: _Rows) -> list[str]:
     return table(["implementation", "entries, of 4 n u max(1, range / 16)", "gradient, of the largest"], lines)
 
 
-def _not_timed(rows: _Rows) -> list[str]:
+def _not_timed(rows: Rows) -> list[str]:
     """Why rows have no time, each reason with its cases; what a case is not meant for is left out."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in rows.results:
@@ -172,7 +172,7 @@ def _not_timed(rows: _Rows) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """Render a report; cells are times over floor with microseconds in brackets."""
-    about, rows = report["machine"], _Rows(report)
+    about, rows = report["machine"], Rows(report)
     if not rows.rate:
         return "# Projection on a GPU\n\nNothing measured yet.\n"
     lines = [
@@ -214,7 +214,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = _Rows(report)
+    rows = Rows(report)
     figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 4.2), layout="constrained", sharey=True)
     for axis, gradient in zip(axes, (False, True), strict=True):
         sizes = [r["case"] for r in rows.results if not r["case"].get("kind") and r["case"]["gradient"] == gradient]

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.report import measured_on, table
 
-__all__ = ["markdown", "overhead", "plot"]
+__all__ = ["HOW", "markdown", "overhead", "plot", "times"]
 
 #: what the fused connection may cost over the residual at C = 4096, and the paper's own number
 BAR, STRETCH = 10.0, 6.7
@@ -42,14 +42,15 @@ def _rows(timed: list[dict[str, Any]], base: dict[str, Any] | None, tokens: int)
     return lines
 
 
-def _width(width: dict[str, Any], tokens: int) -> list[str]:
+def times(width: dict[str, Any], tokens: int) -> list[str]:
+    """The table of one width, and what its bytes would take."""
     timed = {row["name"]: row for row in width["rows"] if "called_us" in row}
     base = timed.get("residual")
     header = ["connection"]
     for how in HOW.values():
         header += [f"overhead {how}", "step, ms"]
     header += ["tokens/s, fastest", "kept, GB", "peak, GB"]
-    lines = ["", f"## C = {width['dim']}", "", *table(header, _rows(list(timed.values()), base, tokens))]
+    lines = ["", f"C = {width['dim']}:", "", *table(header, _rows(list(timed.values()), base, tokens))]
     if base is not None:
         floor = width["connections_floor_us"] / min(base[k] for k in ("called_us", "graph_us") if base.get(k)) * 100
         text = (
@@ -63,6 +64,12 @@ def _width(width: dict[str, Any], tokens: int) -> list[str]:
                     text += f" {value:.1f} % {how}, {'met' if value <= BAR else '**missed**'};"
             text = text[:-1] + "."
         lines += ["", text]
+    return lines
+
+
+def _width(width: dict[str, Any], tokens: int) -> list[str]:
+    timed = {row["name"]: row for row in width["rows"] if "called_us" in row}
+    lines = ["", f"## C = {width['dim']}", *times(width, tokens)[2:]]
     for row in timed.values():
         if "formula_saves_bytes" in row and "mHC, fused" in timed:
             saved = timed["mHC, fused"]["kept_bytes"] - row["kept_bytes"]

@@ -21,9 +21,11 @@ from benchmarks.report import Deadline, add_options, command, finish, survives, 
 from benchmarks.timing import host_machine, time_host
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
-__all__ = ["CHOICES", "Choice", "main", "markdown", "run"]
+__all__ = ["CHOICES", "HEADING", "Choice", "main", "markdown", "run"]
 
 PACKAGES = ("birkhoff-mhc", "numpy", "torch", "triton", "cupy-cuda13x")
+
+HEADING = "# What each solver leaves, and what it costs"
 
 _LAUNCHES_MATTER = 8e-3
 """A call on a GPU that takes longer, in seconds, is not captured in a graph: launches are no longer its cost."""
@@ -147,7 +149,7 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "# What each solver leaves, and what it costs",
+            HEADING,
             "",
             f"{about['date']}, {about['device']}, Python {about['python']}, {versions}; commit {about['commit']}.",
             f"Command: `{report['command']}`",
