@@ -17,6 +17,7 @@ from torch.autograd import Function
 from mhc_layers._fused_state import FusedState, SiteParams
 from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
+from mhc_layers._site_ops import read_gradients, read_streams
 from mhc_layers._streams import without_autocast
 from mhc_layers.kernels.cost import register_formulas
 from mhc_layers.kernels.options import padded_rows, site_options
@@ -60,13 +61,10 @@ def boundary_forward(
         next_coef, proj, rstd = leaf("finish", x)(
             slabs, squares, alphas, bias.contiguous(), site_options(options), k, lead
         )
-        if norm is None:
+        if u is None:
+            u, inverse = read_streams(x_next, coef if delayed else next_coef, norm, norm_eps)
+        elif norm is None:
             inverse = rstd.new_empty((0,))
-            if u is None:
-                u = leaf("read_forward", x)(x_next, coef if delayed else next_coef)
-        elif u is None:
-            read = coef if delayed else next_coef
-            u, inverse = leaf("read_norm_forward", x)(x_next, read, norm.contiguous(), norm_eps)
         else:
             u, inverse = leaf("norm_rows", x)(u, norm.contiguous(), norm_eps)
     return x_next, u, next_coef, proj, rstd, inverse
@@ -128,52 +126,28 @@ def boundary_backward(
     ``coef`` is site l's where the next site reads with its h_pre, else None. ``x`` comes first because torch 2.11
     asks the first argument of an operator for the device mesh.
     """
-    x, n = x.contiguous(), x.shape[-2]
-    bias, next_bias = bias.contiguous(), next_bias.contiguous()
+    x, f, bias, n = x.contiguous(), f.contiguous(), bias.contiguous(), x.shape[-2]
+    g = None if g is None else g.contiguous()
+    following = SiteParams(
+        next_phi.contiguous(), next_bias.contiguous(), next_alpha_pre, next_alpha_post, next_alpha_res
+    )
+    previous, before = None if coef is None else coef[..., :n], site_options(options)
     with without_autocast(x.device.type):
-        g = None if g is None else g.contiguous()
-        gu = None if gu is None else gu.contiguous()
-        dcoef = torch.zeros_like(next_proj) if dcoef is None else dcoef.contiguous()
-        dots, dnorm = None, None
-        if gu is not None and (norm is None or inverse is None):
-            dots = leaf("read_backward", x)(gu, x_next)
-        elif gu is not None and norm is not None and inverse is not None:
-            gu, dots, dnorm = leaf("read_norm_backward", x)(
-                gu,
-                x_next,
-                norm.contiguous(),
-                inverse,
-                next_proj,
-                next_alpha_pre,
-                next_bias,
-                site_options(next_options),
-                None if coef is None else coef[..., :n],
-            )
-        mix, dz, partials = leaf("finish_backward", x)(
-            next_proj,
-            next_rstd,
-            dcoef,
-            dots if coef is None else None,
-            (next_alpha_pre, next_alpha_post, next_alpha_res),
-            next_bias,
-            site_options(next_options),
-            next_phi.shape[1],
-            x.dtype,
-            None if coef is None else coef[..., :n],
+        gu, dots, dnorm, mix, dz, partials = read_gradients(
+            x_next, gu, dcoef, following, next_options, next_proj, next_rstd, previous, norm, inverse
         )
-        phi, before = next_phi.contiguous(), site_options(options)
         chained = None
         if gx is None and g is not None and gu is not None:
             chained = leaf("streams_backward_chained", x, required=False)
         if chained is not None:
             dx, slabs, df, before_dcoef = chained(
-                x_next, g, gu, mix, dz, phi, x, f.contiguous(), proj, alpha_post, bias, before.post_multiplier
+                x_next, g, gu, mix, dz, following.phi, x, f, proj, alpha_post, bias, before.post_multiplier
             )
         else:
-            dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x_next, g, gu, mix, dz, phi)
+            dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x_next, g, gu, mix, dz, following.phi)
             dx = dx if gx is None else dx + gx
-            df, before_dcoef = leaf("write_backward", x)(dx, x, f.contiguous(), proj, alpha_post, bias, before)
-        if coef is not None and dots is not None:
+            df, before_dcoef = leaf("write_backward", x)(dx, x, f, proj, alpha_post, bias, before)
+        if previous is not None and dots is not None:
             before_dcoef[..., :n] = dots.view(*before_dcoef.shape[:-1], n)
         dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
     return dx, df, before_dcoef, dphi, dparams, optional_gradient(dnorm, norm, proj)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mhc_layers._fused_state import FusedState, SiteParams, token_rows
@@ -24,6 +23,8 @@ from mhc_layers._site_ops import (
     fake_pre_forward,
     post_gradients,
     pre_gradients,
+    read_gradients,
+    read_streams,
 )
 from mhc_layers._streams import without_autocast
 from mhc_layers.kernels.cost import register_formulas
@@ -58,11 +59,7 @@ def broadcast_pre_forward(
         coef, proj, rstd = leaf("finish", e)(
             slabs, squares, alphas, bias.contiguous(), site_options(options), e.shape[-1], e.shape[:-2]
         )
-        read = coef if previous is None else token_rows(previous)
-        if norm is None:
-            u, inverse = leaf("read_forward", e)(e, read, copies=n), rstd.new_empty((0,))
-        else:
-            u, inverse = leaf("read_norm_forward", e)(e, read, norm.contiguous(), norm_eps, copies=n)
+        u, inverse = read_streams(e, coef if previous is None else token_rows(previous), norm, norm_eps, copies=n)
     return u, coef, proj, rstd, inverse
 
 
@@ -84,35 +81,13 @@ def broadcast_pre_backward(
     inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``pre_backward`` returns for n copies of e, with ``de``, the sum of their gradients, first."""
-    e, proj, rstd, bias = e.contiguous(), proj.contiguous(), rstd.contiguous(), bias.contiguous()
-    n, convention = streams_of(phi.shape[0]), site_options(options)
-    read = None if previous is None else token_rows(previous)
+    params, n = SiteParams(phi, bias.contiguous(), alpha_pre, alpha_post, alpha_res), streams_of(phi.shape[0])
+    e, g = e.contiguous(), None if g is None else g.contiguous()
     with without_autocast(e.device.type):
-        g = None if g is None else g.contiguous()
-        gu = None if gu is None else gu.contiguous()
-        dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
-        dots, dnorm = None, None
-        if gu is not None and norm is not None and inverse is not None:
-            gu, dots, dnorm = leaf("read_norm_backward", e)(
-                gu, e, norm.contiguous(), inverse.contiguous(), proj, alpha_pre, bias, convention, read, copies=n
-            )
-        elif gu is not None:
-            dots = leaf("read_backward", e)(gu, e).expand(*proj.shape[:-1], n).contiguous()
-        mix, dz, partials = leaf("finish_backward", e)(
-            proj,
-            rstd,
-            dcoef,
-            dots if read is None else None,
-            (alpha_pre, alpha_post, alpha_res),
-            bias,
-            convention,
-            e.shape[-1],
-            e.dtype,
-            read,
-        )
-        de, slabs = leaf("broadcast_streams_backward", e)(e, g, gu, mix, dz, _summed(phi, n))
-        dphi, dparams = leaf("reduce_slabs", e)(slabs, partials)
-    dprevious, dnorm = optional_gradient(dots, previous, proj), optional_gradient(dnorm, norm, proj)
+        found = read_gradients(e, gu, dcoef, params, options, proj, rstd, previous, norm, inverse, copies=n)
+        de, slabs = leaf("broadcast_streams_backward", e)(e, g, found.gu, found.mix, found.dz, _summed(phi, n))
+        dphi, dparams = leaf("reduce_slabs", e)(slabs, found.partials)
+    dprevious, dnorm = optional_gradient(found.dots, previous, proj), optional_gradient(found.dnorm, norm, proj)
     return de, dphi.repeat(1, n), dparams, dprevious, dnorm
 
 

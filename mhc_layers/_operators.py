@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
 
+from mhc_layers.kernels.replay import replayed
+
 __all__ = ["apply", "batched", "optional_gradient", "register"]
 
 _LIBRARY = torch.library.Library("mhc_layers", "FRAGMENT")
@@ -18,15 +20,18 @@ _LIBRARY = torch.library.Library("mhc_layers", "FRAGMENT")
 _PLAIN = frozenset((Tensor, Parameter, type(None), str, bool, float, int))
 
 
-def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register(function: Callable[..., Any], fake: Callable[..., Any], *, replays: bool = True) -> Callable[..., Any]:
     """Register an operator of this package from its Python implementation and its fake, and return what calls it.
 
-    No autograd kernel: the callers are Functions. One implementation serves every device, because the leaves choose.
+    No autograd kernel: the callers are Functions. One implementation serves every device, because the leaves choose;
+    on a GPU its launches are replayed (:mod:`mhc_layers.kernels.replay`), unless it takes lists of tensors.
     The dispatcher would take longer than a launch, so it is asked only where somebody could be listening: modes,
     subclasses, transforms, the compiler, a profiler.
     """
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
+    if replays:
+        function = replayed(function)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mhc_layers::{name}", fake, lib=_LIBRARY)

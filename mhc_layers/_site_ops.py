@@ -12,7 +12,7 @@ Shape legend: ... tokens, n streams, C channels, K = nC, N = n(n + 2) coefficien
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ __all__ = [
     "fake_pre_forward",
     "post_gradients",
     "pre_gradients",
+    "read_gradients",
+    "read_streams",
 ]
 
 
@@ -58,23 +60,30 @@ def pre_forward(
 
     With the gain ``norm (C,)`` of a root-mean-square norm, u is normalised, and the last output is ``inverse (...)``.
     """
-    x, phi, bias = x.contiguous(), phi.contiguous(), bias.contiguous()
-    alphas, before = (alpha_pre, alpha_post, alpha_res), None if previous is None else token_rows(previous)
-    chain = leaf("site_forward", x, required=False) if norm is None else None
-    if chain is not None:
-        u, coef, proj, rstd = chain(x, phi, alphas, bias, site_options(options), before)
-        return u, coef, proj, rstd, rstd.new_empty((0,))
+    x, phi = x.contiguous(), phi.contiguous()
     with without_autocast(x.device.type):
         slabs, squares = leaf("project", x)(x, phi)
         coef, proj, rstd = leaf("finish", x)(
-            slabs, squares, alphas, bias, site_options(options), phi.shape[1], x.shape[:-2]
+            slabs,
+            squares,
+            (alpha_pre, alpha_post, alpha_res),
+            bias.contiguous(),
+            site_options(options),
+            phi.shape[1],
+            x.shape[:-2],
         )
-        read = coef if before is None else before
-        if norm is None:
-            u, inverse = leaf("read_forward", x)(x, read), rstd.new_empty((0,))
-        else:
-            u, inverse = leaf("read_norm_forward", x)(x, read, norm.contiguous(), norm_eps)
+        u, inverse = read_streams(x, coef if previous is None else token_rows(previous), norm, norm_eps)
     return u, coef, proj, rstd, inverse
+
+
+def read_streams(
+    x: Tensor, coef: Tensor, norm: Tensor | None, norm_eps: float, copies: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``u (..., C)`` read with the first n of ``coef``, normalised if there is a gain, and ``inverse`` or nothing."""
+    if norm is None:
+        return leaf("read_forward", x)(x, coef, copies=copies), coef.new_empty((0,))
+    u, inverse = leaf("read_norm_forward", x)(x, coef, norm.contiguous(), norm_eps, copies=copies)
+    return u, inverse
 
 
 def fake_pre_forward(
@@ -155,38 +164,84 @@ def pre_backward(
 
     The last output is ``dnorm (C,)`` where the read was fused with a norm of gain ``norm``.
     """
-    x, phi, bias, proj, rstd = (tensor.contiguous() for tensor in (x, phi, bias, proj, rstd))
-    g = None if g is None else g.contiguous()
-    gu = None if gu is None else gu.contiguous()
-    dcoef = torch.zeros_like(proj) if dcoef is None else dcoef.contiguous()
-    alphas, read = (alpha_pre, alpha_post, alpha_res), None if previous is None else token_rows(previous)
-    chain, dnorm = leaf("site_backward", x, required=False) if norm is None else None, None
-    if chain is not None:
-        dx, dphi, dparams, dots = chain(x, g, gu, phi, alphas, bias, proj, rstd, dcoef, site_options(options), read)
-    else:
-        with without_autocast(x.device.type):
-            dots = None
-            if gu is not None and (norm is None or inverse is None):
-                dots = leaf("read_backward", x)(gu, x)
-            elif gu is not None and norm is not None and inverse is not None:
-                gu, dots, dnorm = leaf("read_norm_backward", x)(
-                    gu, x, norm.contiguous(), inverse.contiguous(), proj, alpha_pre, bias, site_options(options), read
-                )
-            mix, dz, partials = leaf("finish_backward", x)(
+    params = SiteParams(phi.contiguous(), bias.contiguous(), alpha_pre, alpha_post, alpha_res)
+    x, g = x.contiguous(), None if g is None else g.contiguous()
+    with without_autocast(x.device.type):
+        found = read_gradients(x, gu, dcoef, params, options, proj, rstd, previous, norm, inverse)
+        dx, slabs = leaf("streams_backward", x, optional=(g, found.gu))(x, g, found.gu, found.mix, found.dz, params.phi)
+        dphi, dparams = leaf("reduce_slabs", x)(slabs, found.partials)
+    return dx, dphi, dparams, optional_gradient(found.dots, previous, proj), optional_gradient(found.dnorm, norm, proj)
+
+
+class ReadGradients(NamedTuple):
+    """What the backward of a read gives to that of the streams, and gradients of what it read with.
+
+    ``gu (..., C)`` is that of u as read, ``dots (..., n)`` that of the coefficients of the read, ``dnorm (C,)`` that of
+    the norm's gain; they are None where nothing reached u, or nothing normalised it. The others are the leaf's
+    ``finish_backward``.
+    """
+
+    gu: Tensor | None
+    dots: Tensor | None
+    dnorm: Tensor | None
+    mix: Tensor
+    dz: Tensor
+    partials: Tensor
+
+
+def read_gradients(
+    x: Tensor,
+    gu: Tensor | None,
+    dcoef: Tensor | None,
+    params: SiteParams,
+    options: str,
+    proj: Tensor,
+    rstd: Tensor,
+    previous: Tensor | None,
+    norm: Tensor | None,
+    inverse: Tensor | None,
+    copies: int = 1,
+) -> ReadGradients:
+    """Phase B1 and the finish: inner products of the read, through its norm, and the adjoint of the coefficients.
+
+    ``previous (..., n)`` are the coefficients of the read where they are not the site's own; ``copies`` says how many
+    equal streams ``x (..., 1, C)`` stands for. Streams and parameters are contiguous.
+    """
+    site, alphas = site_options(options), params[2:]
+    proj, read = proj.contiguous(), None if previous is None else token_rows(previous)
+    dots = dnorm = None
+    if gu is not None:
+        gu = gu.contiguous()
+        if norm is None or inverse is None:
+            dots = leaf("read_backward", x)(gu, x)
+            if copies > 1:
+                dots = dots.expand(*dots.shape[:-1], copies).contiguous()
+        else:
+            gu, dots, dnorm = leaf("read_norm_backward", x)(
+                gu,
+                x,
+                norm.contiguous(),
+                inverse.contiguous(),
                 proj,
-                rstd,
-                dcoef,
-                dots if read is None else None,
-                alphas,
-                bias,
-                site_options(options),
-                phi.shape[1],
-                x.dtype,
+                params.alpha_pre,
+                params.bias,
+                site,
                 read,
+                copies=copies,
             )
-            dx, slabs = leaf("streams_backward", x, optional=(g, gu))(x, g, gu, mix, dz, phi)
-            dphi, dparams = leaf("reduce_slabs", x)(slabs, partials)
-    return dx, dphi, dparams, optional_gradient(dots, previous, proj), optional_gradient(dnorm, norm, proj)
+    mix, dz, partials = leaf("finish_backward", x)(
+        proj,
+        rstd.contiguous(),
+        torch.zeros_like(proj) if dcoef is None else dcoef.contiguous(),
+        dots if read is None else None,
+        alphas,
+        params.bias,
+        site,
+        x.shape[-2] * x.shape[-1],
+        x.dtype,
+        read,
+    )
+    return ReadGradients(gu, dots, dnorm, mix, dz, partials)
 
 
 def fake_pre_backward(

@@ -19,7 +19,7 @@ from torch import Tensor
 from birkhoff._registry import Resolution, Row, Table, installed, load
 from mhc_layers.kernels.options import LARGEST_STREAMS
 
-__all__ = ["LEAVES", "LeafFacts", "explain", "leaf", "restricted_to"]
+__all__ = ["LEAVES", "LeafFacts", "explain", "leaf", "restricted_to", "restriction"]
 
 #: Largest C of the rows that hold a token's whole row in the registers of a program, by bytes of a value.
 LARGEST_ROW = {2: 16384, 4: 8192}
@@ -123,23 +123,7 @@ def _row_table(name: str, module: str) -> Table[LeafFacts]:
     return Table(name, (dataclasses.replace(triton, refuse=refuse), plain))
 
 
-def _refuse_chain(facts: LeafFacts) -> str | None:
-    """Chains launch Triton kernels only."""
-    reason = _refuse_triton(facts)
-    if reason is None and (chosen := LEAVES["streams_backward"].resolve(facts).row.name) != "triton":
-        return f"launches Triton kernels, and the row {chosen!r} of streams_backward comes first here"
-    return reason
-
-
-def _chain_table(name: str, refuse: Callable[[LeafFacts], str | None]) -> Table[LeafFacts]:
-    """Several leaves in one call, with less work on the host."""
-    targets = {"run": f"mhc_layers.kernels.triton.site:{name}"}
-    return Table(name, (Row(name="triton", targets=targets, refuse=refuse, note="Triton kernels of its leaves"),))
-
-
 LEAVES: dict[str, Table[LeafFacts]] = {
-    "site_forward": _chain_table("site_forward", _refuse_triton),
-    "site_backward": _chain_table("site_backward", _refuse_chain),
     "project": _table("project", "coefficients"),
     "finish": _table("finish", "coefficients"),
     "read_forward": _table("read_forward", "read"),
@@ -167,7 +151,7 @@ LEAVES: dict[str, Table[LeafFacts]] = {
     "recompute_block": _table("recompute_block", "recompute"),
 }
 """The leaves by name. ``streams_backward_partial`` is ``streams_backward`` with an absent gradient; ``boundary_*`` and
-``streams_backward_chained`` do two leaves' work in one pass and ``site_*`` launch several leaves, no plain row."""
+``streams_backward_chained`` do two leaves' work in one pass, no plain row."""
 
 
 @overload
@@ -227,6 +211,11 @@ def restricted_to(*rows: str) -> Iterator[None]:
         yield
     finally:
         _ALLOWED = before
+
+
+def restriction() -> tuple[str, ...] | None:
+    """Names of the rows that :func:`restricted_to` allows now, or None."""
+    return _ALLOWED
 
 
 def _facts(x: Tensor) -> LeafFacts:

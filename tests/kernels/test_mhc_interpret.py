@@ -24,8 +24,6 @@ from tests.kernels.mhc_cuda_cases import Site
 
 pytest.importorskip("triton")
 
-from mhc_layers.kernels.triton import site
-
 pytestmark = pytest.mark.interpret
 
 STREAMS = ("u", "out", "dx", "df")
@@ -134,38 +132,6 @@ def test_delayed_read_uses_the_other_coefficients() -> None:
     torch.testing.assert_close(mix[:, :, n], before)
     u = triton_leaf("read_forward")(p.x, before)
     torch.testing.assert_close(u, plain.read_forward(p.x, before))
-
-
-@pytest.mark.parametrize("absent", [None, "g", "gu"])
-@pytest.mark.parametrize("delayed", [False, True])
-def test_chains_equal_their_leaves(absent: str | None, delayed: bool) -> None:
-    n, c, tokens = 4, 24, 6
-    p, options = make_problem(tokens, n, c, torch.bfloat16), site_options(options_key(PAPER))
-    g, gu = (None if absent == name else getattr(p, name) for name in ("g", "gu"))
-    previous = torch.rand(tokens, 24)[:, :n] if delayed else None
-    slabs, squares = triton_leaf("project")(p.x, p.phi)
-    coef, proj, rstd = triton_leaf("finish")(slabs, squares, p.alphas, p.bias, options, n * c, (tokens,))
-    u = triton_leaf("read_forward")(p.x, coef if previous is None else previous)
-    for ours, leaf in zip(
-        site.site_forward(p.x, p.phi, p.alphas, p.bias, options, previous), (u, coef, proj, rstd), strict=True
-    ):
-        assert torch.equal(ours, leaf)
-    dots = None if gu is None else triton_leaf("read_backward")(gu, p.x)
-    own_dots = None if delayed else dots
-    mix, dz, partials = triton_leaf("finish_backward")(
-        proj, rstd, coef, own_dots, p.alphas, p.bias, options, n * c, p.x.dtype, previous
-    )
-    dx, slabs = triton_leaf("streams_backward")(p.x, g, gu, mix, dz, p.phi)
-    expected = (dx, *triton_leaf("reduce_slabs")(slabs, partials), dots)
-    found = site.site_backward(p.x, g, gu, p.phi, p.alphas, p.bias, proj, rstd, coef, options, previous)
-    for ours, leaf in zip(found, expected, strict=True):
-        if leaf is None:
-            assert ours is None
-        elif leaf.dim() == 1:  # dparams: unused entries in between
-            assert torch.equal(ours[:24], leaf[:24])
-            assert torch.equal(ours[32:35], leaf[32:35])
-        else:
-            assert torch.equal(ours, leaf)
 
 
 def test_shared_coefficients_have_stride_zero() -> None:

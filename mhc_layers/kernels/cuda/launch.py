@@ -14,6 +14,7 @@ import torch
 
 from birkhoff.kernels.cuda import compiler
 from birkhoff.kernels.cuda.launcher import PreparedLaunch
+from mhc_layers.kernels.replay import Start, note
 
 __all__ = ["SHARED_BYTES_LIMIT", "kernels", "refuse", "start", "token_splits"]
 
@@ -40,6 +41,7 @@ def start(launch: PreparedLaunch, *tensors: torch.Tensor) -> None:
 
     Kernels copy 16 bytes at a time, so an input that begins elsewhere is copied first; outputs must not.
     """
+    note(functools.partial(_start_on, launch), tensors)
     index = tensors[0].get_device()
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
@@ -50,6 +52,15 @@ def start(launch: PreparedLaunch, *tensors: torch.Tensor) -> None:
         tensors = tuple(tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in tensors)
         addresses = tuple(map(torch.Tensor.data_ptr, tensors))
     launch(addresses, torch._C._cuda_getCurrentRawStream(index))
+
+
+def _start_on(launch: PreparedLaunch, index: int) -> Start:
+    """What launches on the device that it was prepared for."""
+
+    def begin(stream: int, *addresses: int) -> None:
+        launch(addresses, stream)
+
+    return begin
 
 
 @functools.lru_cache(maxsize=64)

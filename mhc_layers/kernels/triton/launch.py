@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["Chain", "Launch"]
+from mhc_layers.kernels.replay import Start, note
+
+__all__ = ["Launch"]
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 #: The same bits from every Triton version: the default of contraction to fused multiply-adds changes.
 _OPTIONS = {"enable_fp_fusion": True}
-
-#: Launches, given the stream and the addresses.
-Start = Callable[..., None]
 
 _address = torch.Tensor.data_ptr
 _dtype = operator.attrgetter("dtype")
@@ -63,6 +61,7 @@ class Launch:
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Launch on the current stream of the tensors' device."""
+        note(self.start_on, tensors)
         dtypes, addresses = tuple(map(_dtype, tensors)), tuple(map(_address, tensors))
         ready = self._ready
         if ready is not None and not functools.reduce(operator.or_, addresses) & 15:
@@ -112,39 +111,3 @@ class Launch:
             run(x, y, z, stream, function, metadata, None, None, None, *addresses, *rest)
 
         return start
-
-
-class Chain:
-    """Launches of one step that share their tensors and scratch memory, and one check of these.
-
-    Call :meth:`ready` with all tensors of the step. The first time it returns None: run each launch by itself on
-    tensors, then call :meth:`remember`. From then on it returns the addresses, the stream, and what starts each launch.
-    """
-
-    __slots__ = ("_launches", "_ready")
-
-    def __init__(self, *launches: Launch) -> None:
-        self._launches = launches
-        self._ready: tuple[tuple[torch.dtype, ...], int, tuple[Start, ...]] | None = None
-
-    def ready(self, *tensors: torch.Tensor) -> tuple[tuple[int, ...], int, tuple[Start, ...]] | None:
-        """Addresses of the tensors, the current stream, and the launches; None where they must run one by one."""
-        ready = self._ready
-        if ready is None:
-            return None
-        dtypes, index, starts = ready
-        addresses = tuple(map(_address, tensors))
-        if (
-            functools.reduce(operator.or_, addresses) & 15
-            or tuple(map(_dtype, tensors)) != dtypes
-            or not tensors[0].get_device() == index == torch.cuda.current_device()
-        ):
-            return None
-        return addresses, torch._C._cuda_getCurrentRawStream(index), starts
-
-    def remember(self, *tensors: torch.Tensor) -> None:
-        """Note that all launches have run on these tensors."""
-        index = tensors[0].get_device()
-        starts = tuple(launch.start_on(index) for launch in self._launches)
-        if all(start is not None for start in starts):
-            self._ready = (tuple(map(_dtype, tensors)), index, starts)

@@ -1,0 +1,136 @@
+"""Operators replay to the bit: the fused layer's kernels, run by Triton's interpreter at replayed addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from mhc_layers import HyperConnection
+from mhc_layers._torch_ops import fused_site
+from mhc_layers.conventions import DEEPSEEK_V41, PAPER, Convention
+from mhc_layers.kernels import replay
+from mhc_layers.models.norm import RMSNorm
+
+triton_launch = pytest.importorskip("mhc_layers.kernels.triton.launch")
+
+pytestmark = pytest.mark.interpret
+
+N, C = 4, 24
+SITE = frozenset(("pre_forward", "post_forward", "post_backward", "pre_backward"))
+NAMES = {False: SITE, True: SITE | {"boundary_forward", "boundary_backward"}}
+
+
+def tensor_at(address: int, like: Tensor) -> Tensor:
+    """A tensor of the same kind at an address."""
+    if like.numel() == 0:
+        return like
+    span = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_char * (span * like.dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype, count=span).as_strided(like.shape, like.stride())
+
+
+def note(start_on: Callable[[int], Any], tensors: tuple[Tensor, ...]) -> None:
+    """Note a launch as one that can start: on the tensors that lie at the addresses it is given."""
+    kernel: Callable[..., None] = start_on.__self__  # type: ignore[attr-defined]
+
+    def start(stream: int, *addresses: int) -> None:
+        kernel(*map(tensor_at, addresses, tensors))
+
+    replay.note(lambda index: start, tensors)
+
+
+def unseen(call: Callable[..., None]) -> Callable[..., None]:
+    """A launch whose interpreter, which computes with torch, is not seen by the recording."""
+
+    def run(*args: Any) -> None:
+        with _disable_current_modes():
+            call(*args)
+
+    return run
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Replay on the CPU; counts, for every operator, the calls that were recorded and can be replayed."""
+    counts: dict[str, int] = {}
+    record = replay._record
+
+    def counted(body: Any, args: Any, tensors: Any) -> Any:
+        result, plan = record(body, args, tensors)
+        counts[body.__name__] = counts.get(body.__name__, 0) + (plan is not None)
+        return result, plan
+
+    monkeypatch.setattr(triton_launch, "note", note)
+    monkeypatch.setattr(triton_launch.Launch, "__call__", unseen(triton_launch.Launch.__call__))
+    monkeypatch.setattr(replay, "_runs_here", lambda x: True)
+    monkeypatch.setattr(replay, "_stream", lambda x: 0)
+    monkeypatch.setattr(replay, "_record", counted)
+    return counts
+
+
+def make_sites(convention: Convention, with_norm: bool) -> list[HyperConnection]:
+    torch.manual_seed(0)
+    sites = []
+    for index in range(2):
+        norm = RMSNorm(C) if with_norm else None
+        site = HyperConnection(C, N, norm=norm, convention=convention, index=index)
+        site._implementation = fused_site(convention)
+        with torch.no_grad():
+            site.phi.normal_(std=0.1)
+            site.bias.normal_(std=0.5)
+            for alpha in (site.alpha_pre, site.alpha_post, site.alpha_res):
+                alpha.fill_(0.9)
+        sites.append(site)
+    return sites
+
+
+def run(sites: list[HyperConnection], seed: int, fused: bool, tokens: int) -> list[Tensor]:
+    """Two sites, forward and backward: outputs and gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+
+    x, fs = draw(tokens, N, C).requires_grad_(), [draw(tokens, C).requires_grad_() for _ in sites]
+    first, second = sites
+    u, state = first.pre(x)
+    if fused:
+        y, v, state = first.boundary(x, fs[0], state, second)
+    else:
+        y = first.post(x, fs[0], state)
+        v, state = second.pre(y, state.h_pre if first.convention.read_delay else None)
+    out = second.post(y, fs[1], state)
+    leaves = [x, *fs, *(parameter for site in sites for parameter in site.parameters())]
+    gradients = [draw(*t.shape) for t in (u, v, out)]
+    return [u, y, v, out, *torch.autograd.grad([u, v, out], leaves, gradients, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "boundary"])
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+def test_operators_replay_to_the_bit(recorded: dict[str, int], with_norm: bool, fused: bool) -> None:
+    sites, tokens = make_sites(PAPER, with_norm), 5 + 2 * with_norm + fused  # each case's calls are the first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "_runs_here", lambda x: False)
+        expected = run(sites, 1, fused, tokens)
+    run(sites, 0, fused, tokens)
+    assert set(recorded) == NAMES[fused] and all(recorded.values())
+    counts = dict(recorded)
+    for ours, wanted in zip(run(sites, 1, fused, tokens), expected, strict=True):
+        assert torch.equal(ours, wanted)
+    assert recorded == counts, "the second run recorded nothing"
+
+
+def test_a_delayed_convention_gives_the_same_bits(recorded: dict[str, int]) -> None:
+    sites = make_sites(DEEPSEEK_V41, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "_runs_here", lambda x: False)
+        expected = run(sites, 1, True, 9)
+    run(sites, 0, True, 9)
+    for ours, wanted in zip(run(sites, 1, True, 9), expected, strict=True):
+        assert torch.equal(ours, wanted)
