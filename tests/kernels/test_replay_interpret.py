@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mhc_layers import HyperConnection
-from mhc_layers._torch_ops import fused_site
-from mhc_layers.conventions import DEEPSEEK_V41, PAPER, Convention
+from mhc_layers.conventions import DEEPSEEK_V41, PAPER
 from mhc_layers.kernels import replay
-from mhc_layers.models.norm import RMSNorm
+from tests.kernels.replay_cases import OPERATORS, make_sites, run
 
 triton_launch = pytest.importorskip("mhc_layers.kernels.triton.launch")
 
 pytestmark = pytest.mark.interpret
 
-N, C = 4, 24
-SITE = frozenset(("pre_forward", "post_forward", "post_backward", "pre_backward"))
-NAMES = {False: SITE, True: SITE | {"boundary_forward", "boundary_backward"}}
+C = 24
 
 
 def tensor_at(address: int, like: Tensor) -> Tensor:
@@ -74,52 +70,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     return counts
 
 
-def make_sites(convention: Convention, with_norm: bool) -> list[HyperConnection]:
-    torch.manual_seed(0)
-    sites = []
-    for index in range(2):
-        norm = RMSNorm(C) if with_norm else None
-        site = HyperConnection(C, N, norm=norm, convention=convention, index=index)
-        site._implementation = fused_site(convention)
-        with torch.no_grad():
-            site.phi.normal_(std=0.1)
-            site.bias.normal_(std=0.5)
-            for alpha in (site.alpha_pre, site.alpha_post, site.alpha_res):
-                alpha.fill_(0.9)
-        sites.append(site)
-    return sites
-
-
-def run(sites: list[HyperConnection], seed: int, fused: bool, tokens: int) -> list[Tensor]:
-    """Two sites, forward and backward: outputs and gradients."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
-
-    x, fs = draw(tokens, N, C).requires_grad_(), [draw(tokens, C).requires_grad_() for _ in sites]
-    first, second = sites
-    u, state = first.pre(x)
-    if fused:
-        y, v, state = first.boundary(x, fs[0], state, second)
-    else:
-        y = first.post(x, fs[0], state)
-        v, state = second.pre(y, state.h_pre if first.convention.read_delay else None)
-    out = second.post(y, fs[1], state)
-    leaves = [x, *fs, *(parameter for site in sites for parameter in site.parameters())]
-    gradients = [draw(*t.shape) for t in (u, v, out)]
-    return [u, y, v, out, *torch.autograd.grad([u, v, out], leaves, gradients, materialize_grads=True)]
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["separate", "boundary"])
-@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(("with_norm", "fused"), [(False, False), (True, True)], ids=["separate", "norm-boundary"])
 def test_operators_replay_to_the_bit(recorded: dict[str, int], with_norm: bool, fused: bool) -> None:
-    sites, tokens = make_sites(PAPER, with_norm), 5 + 2 * with_norm + fused  # each case's calls are the first
+    sites, tokens = make_sites(PAPER, with_norm, C), 5 + 2 * with_norm + fused  # each case's calls are the first
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "_runs_here", lambda x: False)
         expected = run(sites, 1, fused, tokens)
     run(sites, 0, fused, tokens)
-    assert set(recorded) == NAMES[fused] and all(recorded.values())
+    assert set(recorded) == OPERATORS[fused] and all(recorded.values())
     counts = dict(recorded)
     for ours, wanted in zip(run(sites, 1, fused, tokens), expected, strict=True):
         assert torch.equal(ours, wanted)
@@ -127,7 +85,7 @@ def test_operators_replay_to_the_bit(recorded: dict[str, int], with_norm: bool, 
 
 
 def test_a_delayed_convention_gives_the_same_bits(recorded: dict[str, int]) -> None:
-    sites = make_sites(DEEPSEEK_V41, True)
+    sites = make_sites(DEEPSEEK_V41, True, C)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "_runs_here", lambda x: False)
         expected = run(sites, 1, True, 9)
