@@ -34,7 +34,7 @@ _COMPILE_LIMIT = 90.0
 _ENOUGH_BYTES = 16 << 30
 """Memory that rows may leave in the allocator before the next one returns it."""
 
-_LAUNCHES_MATTER_MS = 8.0
+_LAUNCHES_MATTER_MS = 20.0
 """A call that takes longer is not captured in a graph: launches are no longer its cost."""
 
 

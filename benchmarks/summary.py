@@ -181,6 +181,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "kernels": _kernels,
     "layer bars": _part(layer_report.markdown, "## Bars", "layer"),
     "projection bars": _part(projection_report.markdown, "## Bars", "sinkhorn"),
+    "large matrix": _part(projection_report.markdown, "## One 4096 x 4096 matrix, 100 iterations", "sinkhorn"),
     "training": _training,
     "which solver": _part(which_solver.markdown, which_solver.HEADING, "which_solver"),
     "which solver on a CPU": _part(which_solver.markdown, which_solver.HEADING, "which_solver", "cpu"),
