@@ -68,6 +68,16 @@ def test_other_conventions_give_the_same_bits(convention: Convention) -> None:
         assert torch.equal(ours, wanted)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "boundary"])
+def test_a_backward_in_the_calling_thread_has_the_same_bits(fused: bool) -> None:
+    sites = make_sites(PAPER, True, 128, device="cuda")
+    expected = run(sites, 1, fused, 55)
+    with torch.autograd.set_multithreading_enabled(False):
+        for _ in range(2):
+            for ours, wanted in zip(run(sites, 1, fused, 55), expected, strict=True):
+                assert torch.equal(ours, wanted)
+
+
 def test_a_side_stream_and_a_graph_launch_where_they_are(recorded: dict[str, int]) -> None:
     sites, tokens = make_sites(PAPER, True, 128, device="cuda"), 77
     expected = without_replay(sites, 1, True, tokens)
