@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.layer_bars import against_peers, best_us, judge
 from benchmarks.layer_peers import PEERS
-from benchmarks.report import measured_on, table
+from benchmarks.report import measured_on, save_figure, table
 
 __all__ = ["markdown", "plot"]
 
@@ -188,5 +188,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_title(f"M = {shape['tokens']}, C = {shape['dim']}")
         axis.set_xlabel("forward + backward, times the floor")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import measured_on, table
+from benchmarks.report import measured_on, save_figure, table
 
 __all__ = ["CUDA", "LARGE", "TRITON", "Rows", "markdown", "plot"]
 
@@ -237,5 +237,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("time over floor")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_figure(figure, path)

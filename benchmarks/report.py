@@ -23,6 +23,7 @@ __all__ = [
     "finish",
     "measured_on",
     "provenance",
+    "save_figure",
     "seconds_to_compile",
     "survives",
     "table",
@@ -141,6 +142,15 @@ def survives(row: dict[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:
         row["skipped"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure so that the same numbers give the same file, and close it."""
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "birkhoff"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import measured_on, table
+from benchmarks.report import measured_on, save_figure, table
 
 __all__ = ["HOW", "markdown", "overhead", "plot", "times"]
 
@@ -145,5 +145,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(x=0.12)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_figure(figure, path)
