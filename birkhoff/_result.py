@@ -54,9 +54,11 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """The result of :func:`birkhoff.project` on a batch of matrices.
+
+    Compared by identity: an equality of arrays has no one answer.
 
     Attributes
     ----------

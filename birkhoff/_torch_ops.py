@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from birkhoff import _xp
 from birkhoff._dispatch import stack_forward, stack_to_tolerance, stack_vjp, with_dtypes
@@ -90,6 +91,34 @@ def solve_forward(logits: Tensor, solver: str, compute: str, accumulate: str, st
 def _(logits: Tensor, solver: str, compute: str, accumulate: str, store: str) -> tuple[Tensor, Tensor]:
     matrix = logits.new_empty(logits.shape, dtype=getattr(torch, store))
     return matrix, logits.new_empty(logits.shape[:1], dtype=torch.int32)
+
+
+def _fold(size: int, dims: tuple[int | None, ...], stacks: tuple[Tensor, ...]) -> tuple[list[Tensor], Any]:
+    """Merge a mapped axis into the stack axis; ``join`` splits it off the result again."""
+    moved = [
+        stack.unsqueeze(0).expand(size, *stack.shape) if dim is None else stack.movedim(dim, 0)
+        for dim, stack in zip(dims, stacks, strict=True)
+    ]
+    return [stack.flatten(0, 1) for stack in moved], lambda result: result.unflatten(0, (size, -1))
+
+
+@project_forward.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], logits: Tensor, *plan: str) -> tuple[Tensor, int]:
+    (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
+    return join(project_forward(logits, *plan)), 0
+
+
+@project_vjp.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], logits: Tensor, grad: Tensor, *plan: str) -> tuple[Tensor, int]:
+    (logits, grad), join = _fold(info.batch_size, in_dims[:2], (logits, grad))
+    return join(project_vjp(logits, grad, *plan)), 0
+
+
+@solve_forward.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], logits: Tensor, *plan: str) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
+    matrix, counts = solve_forward(logits, *plan)
+    return (join(matrix), join(counts)), (0, 0)
 
 
 def _jvp(logits: Tensor, tangent: Tensor, plan: Plan) -> Tensor:
@@ -254,15 +283,6 @@ def _pick(compiling: type, eager: type) -> Any:
     return compiling if torch.compiler.is_compiling() else eager
 
 
-def _fold(size: int, dims: tuple[int | None, ...], stacks: tuple[Tensor, ...]) -> tuple[list[Tensor], Any]:
-    """Merge a mapped axis into the stack axis; ``join`` splits it off the result again."""
-    moved = [
-        stack.unsqueeze(0).expand(size, *stack.shape) if dim is None else stack.movedim(dim, 0)
-        for dim, stack in zip(dims, stacks, strict=True)
-    ]
-    return [stack.flatten(0, 1) for stack in moved], lambda result: result.unflatten(0, (size, -1))
-
-
 def _nested_forward_mode() -> bool:
     """Whether two forward-mode transforms are active, where a Function's ``jvp`` has silently zero second tangents."""
     if torch.compiler.is_compiling():
@@ -330,7 +350,7 @@ def to_tolerance(
     plan = _plan(stack, solver, precision)
     with torch.no_grad():
         matrix, counts = torch.ops.birkhoff.solve_forward(stack.detach(), *_schema(plan))
-    if torch.is_grad_enabled() and stack.requires_grad:
+    if (torch.is_grad_enabled() and stack.requires_grad) or torch.autograd.forward_ad._current_level >= 0:
         xp = _xp.array_namespace(stack)
         matrix = by_iterations(
             solver, counts, xp, lambda method, part: forward(part, method, precision, adjoint), stack
@@ -339,8 +359,10 @@ def to_tolerance(
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether the values can be looked at: not while compiling, capturing a graph, or under a functional transform."""
+    """Whether the values can be looked at: not while tracing, capturing a graph, or under a functional transform."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if tensor.is_meta or isinstance(tensor, FakeTensor):  # there are none
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

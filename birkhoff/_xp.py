@@ -25,6 +25,7 @@ __all__ = [
     "dtype_of",
     "is_floating",
     "library_name",
+    "matmul",
     "quiet",
     "to_numpy",
 ]
@@ -111,6 +112,15 @@ def is_floating(dtype: Any) -> bool:
 def astype(xp: Any, array: Any, dtype: Any) -> Any:
     """``xp.astype`` without a copy where nothing changes."""
     return array if array.dtype == dtype else xp.astype(array, dtype)
+
+
+def matmul(xp: Any, left: Any, right: Any) -> Any:
+    """``xp.matmul`` in the dtype of its arguments, where torch's autocast would compute it in a half precision too."""
+    kind = left.device.type if library_name(xp) == "torch" else None
+    if kind is None or not xp.amp.is_autocast_available(kind):
+        return xp.matmul(left, right)
+    with xp.autocast(kind, enabled=False):
+        return xp.matmul(left, right)
 
 
 def detach(array: Any) -> Any:

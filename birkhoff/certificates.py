@@ -53,7 +53,7 @@ class Provenance(StrEnum):
     sampled = "sampled"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Certificate:
     r"""Bounds on a batch of stored matrices, or on products of them.
 

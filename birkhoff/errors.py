@@ -6,6 +6,7 @@ Messages say what was got, what is accepted and what to do.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 __all__ = [
@@ -70,6 +71,10 @@ class MissingPackageError(BirkhoffError, ImportError):
         )
         self.package = package
         self.needed_by = needed_by
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickled from what it was made of: a worker's error has to reach its parent."""
+        return partial(type(self), self.package, needed_by=self.needed_by), ()
 
 
 class ProjectionError(BirkhoffError, ArithmeticError):

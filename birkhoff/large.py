@@ -115,9 +115,9 @@ def scaling_passes(kernel: Any, sums: Any, count: int) -> tuple[Any, Any, Any, A
         parts, sums = [], xp.zeros_like(sums)
         for rows in _blocks(kernel):
             block = kernel[rows, :]
-            part = 1.0 / xp.matmul(block, right)
+            part = 1.0 / _xp.matmul(xp, block, right)
             parts.append(part)
-            sums = sums + xp.matmul(part, block)
+            sums = sums + _xp.matmul(xp, part, block)
         left = xp.concat(parts)
         errors.append(xp.max(xp.abs(sums * right - 1.0)))
         extremes += [xp.max(xp.abs(xp.log(left))), xp.max(xp.abs(xp.log(right)))]

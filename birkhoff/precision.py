@@ -20,7 +20,7 @@ _COMPUTE = ("float32", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The three dtypes of a projection, by name; None follows the input.
+    """The three dtypes of a projection, by name or as any library's dtype; None follows the input.
 
     Parameters
     ----------
@@ -52,8 +52,12 @@ class Precision:
     def __post_init__(self) -> None:
         for field, accepted in (("compute", _COMPUTE), ("accumulate", _COMPUTE), ("store", tuple(_UNIT_ROUNDOFF))):
             value = getattr(self, field)
-            if value is not None and value not in accepted:
+            if value is None:
+                continue
+            name = _xp.dtype_name(value)
+            if name not in accepted:
                 raise OptionError(f"Precision.{field} must be None or one of {accepted}, got {value!r}")
+            object.__setattr__(self, field, name)
 
     def resolve(self, dtype: Any) -> Precision:
         """Fill in what is None for an input of ``dtype`` (a dtype object of any library, or its name)."""

@@ -127,7 +127,7 @@ def round_to_polytope(matrix: Any) -> Any:
 def _prepare(matrix: Any) -> tuple[Any, Any, Any]:
     """Namespace, non-negative values in the compute dtype, and the dtype of the sums."""
     xp = square_matrices(matrix, "matrix")
-    values = _xp.astype(xp, matrix, _math.compute_dtype(xp, matrix))
+    values = _xp.astype(xp, _xp.contiguous(matrix), _math.compute_dtype(xp, matrix))
     accumulate = _math.accumulate_dtype(xp, matrix)
     return xp, _positive_part(xp, values), accumulate
 

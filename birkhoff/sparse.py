@@ -82,8 +82,6 @@ def project_sparse(
     (6, True)
     """
     csr, xp = _as_csr(matrix)
-    if csr.shape[0] != csr.shape[1] or csr.shape[0] == 0:
-        raise ShapeError(f"matrix must have shape (n, n) with n >= 1, got {csr.shape}")
     name = _xp.dtype_name(csr.dtype)
     if name not in ("float32", "float64"):
         raise DtypeError(f"matrix must hold float32 or float64, got {name}; convert with astype")
@@ -119,6 +117,9 @@ def _as_csr(matrix: Any) -> tuple[Any, Any]:
         raise ArrayTypeError(
             f"expected a scipy.sparse or cupyx.scipy.sparse matrix, got {got}; use project for dense arrays"
         )
+    shape = tuple(matrix.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ShapeError(f"matrix must have shape (n, n) with n >= 1, got {shape}")
     csr = matrix.tocsr(copy=True)
     csr.sum_duplicates()
     return csr, _xp.array_namespace(csr.data)

@@ -11,7 +11,7 @@ import numpy as np
 from birkhoff import _xp
 from birkhoff.errors import OptionError
 from birkhoff.parametrizations.permutations import Permutations
-from birkhoff.parametrizations.protocol import Sums, begin, check_order
+from birkhoff.parametrizations.protocol import Sums, begin, check_mass, check_order
 
 __all__ = ["Kronecker"]
 
@@ -53,7 +53,7 @@ class Kronecker:
         factors = _factors(n)
         if not factors:
             return np.zeros(0)
-        share = 1.0 - (1.0 - mass) ** (1.0 / len(factors)) if mass < 1.0 else mass
+        share = 1.0 - (1.0 - check_mass(mass)) ** (1.0 / len(factors))
         small = Permutations()
         parts = [small.initial_parameters(p, mass=share) for p in factors]
         return np.concatenate([part[:1] if len(part) == 2 else part for part in parts])

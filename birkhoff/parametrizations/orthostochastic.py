@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from birkhoff import _xp
-from birkhoff.errors import OptionError
 from birkhoff.parametrizations.cayley import orthogonal
-from birkhoff.parametrizations.protocol import Sums, begin, check_order
+from birkhoff.parametrizations.protocol import Sums, begin, check_mass, check_order
 
 __all__ = ["Orthostochastic"]
 
@@ -48,10 +47,8 @@ class Orthostochastic:
 
     def initial_parameters(self, n: int, *, mass: float = 0.01) -> np.ndarray:
         """All equal, such that each row has off-diagonal mass of about ``mass``."""
-        if not 0.0 < mass < 1.0:
-            raise OptionError(f"mass must be in (0, 1), got {mass!r}")
         count = self.num_parameters(n)
-        return np.full(count, math.sqrt(mass / (4.0 * max(1, n - 1))))
+        return np.full(count, math.sqrt(check_mass(mass) / (4.0 * max(1, n - 1))))
 
     def matrix(self, parameters: Any, n: int) -> Any:
         """The squared rotations of parameters (..., n(n-1)/2)."""

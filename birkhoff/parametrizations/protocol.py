@@ -11,7 +11,7 @@ from birkhoff import _math, _xp
 from birkhoff._checks import as_count, as_real
 from birkhoff.errors import DtypeError, OptionError, ShapeError
 
-__all__ = ["Parametrization", "Sums", "begin", "check_order", "leading_logit", "product", "softmax"]
+__all__ = ["Parametrization", "Sums", "begin", "check_mass", "check_order", "leading_logit", "product", "softmax"]
 
 Sums = Literal["both", "rows", "columns", "none"]
 """Which sums are one by construction."""
@@ -74,6 +74,12 @@ def product(xp: Any, left: Any, right: Any) -> Any:
 
 def leading_logit(mass: float, count: int) -> float:
     """First logit, the others being zero, that leaves ``mass`` to the other ``count - 1`` entries of a softmax."""
+    mass = check_mass(mass)
+    return math.log((1.0 - mass) * (count - 1) / mass)
+
+
+def check_mass(mass: float) -> float:
+    """Return ``mass`` as a Python float, or raise :class:`OptionError` for what is not a share between 0 and 1."""
     if not 0.0 < as_real(mass, "mass") < 1.0:
         raise OptionError(f"mass must be in (0, 1), got {mass!r}")
-    return math.log((1.0 - mass) * (count - 1) / mass)
+    return float(mass)

@@ -233,5 +233,5 @@ def _gram(frame: Frame, left: Any, right: Any) -> Any:
     """The products L^T R of a stack."""
     xp = frame.xp
     if frame.batch == 0:
-        return xp.matmul(_swap(frame, left), right)
+        return _xp.matmul(xp, _swap(frame, left), right)
     return xp.sum(left[:, :, None, :] * right[:, None, :, :], axis=0)

@@ -81,9 +81,8 @@ class SinkhornLog:
         """Both half steps."""
         (log_matrix,) = state
         for axis in frame.order(self.first):
-            log_matrix = self._relax(
-                log_matrix, _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate, branch=frame.branch)
-            )
+            divided = _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate, branch=frame.branch)
+            log_matrix = self._relax(log_matrix, divided, frame)
         return (log_matrix,)
 
     def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
@@ -99,7 +98,7 @@ class SinkhornLog:
             for axis in frame.order(self.first):
                 divided = _math.log_divide(frame.xp, log_matrix, axis, frame.accumulate, branch=frame.branch)
                 yield frame.xp.exp(divided), axis, self.relaxation
-                log_matrix = self._relax(log_matrix, divided)
+                log_matrix = self._relax(log_matrix, divided, frame)
         if self.relaxation != 1.0:
             last = frame.order(self.first)[1]
             yield _math.softmax(frame.xp, log_matrix, last, frame.accumulate), last, 1.0
@@ -116,5 +115,8 @@ class SinkhornLog:
         """Through the cap; the subtracted maximum changes nothing."""
         return push_cap(logits, tangent, self.range_cap, frame.order(self.first)[0], frame)
 
-    def _relax(self, before: Any, after: Any) -> Any:
-        return after if self.relaxation == 1.0 else before + self.relaxation * (after - before)
+    def _relax(self, before: Any, after: Any, frame: Frame) -> Any:
+        if self.relaxation == 1.0:
+            return after
+        xp = frame.xp
+        return xp.where(before == -xp.inf, before, before + self.relaxation * (after - before))  # a zero stays one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from typing import Any
 
@@ -232,6 +233,20 @@ def test_every_error_is_documented_and_one_family() -> None:
         assert issubclass(kind, errors.BirkhoffError) and kind.__doc__
     missing = errors.MissingPackageError("scipy", needed_by="sparse matrices")
     assert isinstance(missing, ImportError) and "pip install scipy" in str(missing)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.MissingPackageError("scipy", needed_by="sparse matrices"),
+        errors.ProjectionError("1 of 2 matrices", status=3),
+        errors.ShapeError("got (2, 3)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_reach_the_process_that_waits(error: Any) -> None:
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error) and str(back) == str(error) and vars(back) == vars(error)
 
 
 def test_options_of_the_wrong_kind_are_named() -> None:

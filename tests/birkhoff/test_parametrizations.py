@@ -156,8 +156,9 @@ def test_orders_and_masses_that_are_refused() -> None:
     with pytest.raises(OptionError, match="prime factor"):
         room.Kronecker().num_parameters(14)
     for parametrization in (room.Permutations(), room.Kronecker(), room.Circulant(), room.Orthostochastic()):
-        with pytest.raises(OptionError, match="mass"):
-            parametrization.initial_parameters(4, mass=1.5)
+        for mass in (1.5, 0, -1, "a"):
+            with pytest.raises(OptionError, match=f"mass must be .* got {mass!r}"):
+                parametrization.initial_parameters(4, mass=mass)  # type: ignore[arg-type]
 
 
 def test_every_public_class_is_a_parametrization() -> None:

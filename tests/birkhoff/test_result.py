@@ -9,6 +9,7 @@ import pytest
 
 import birkhoff
 from birkhoff import Projection, Status
+from birkhoff.diagnostics import diagnose
 
 
 def test_codes_are_stable_and_only_converged_is_zero() -> None:
@@ -31,3 +32,11 @@ def test_a_projection_is_immutable() -> None:
     assert isinstance(result, Projection)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.matrix = None  # type: ignore[misc]
+
+
+def test_results_that_hold_arrays_are_equal_to_themselves_alone() -> None:
+    """Not an array's "truth value is ambiguous": they can be members of a list and keys of a dictionary."""
+    matrix = birkhoff.project(np.zeros((2, 3, 3))).matrix
+    for make in (birkhoff.project, birkhoff.certify, diagnose):
+        one, other = make(matrix), make(matrix)
+        assert one == one and one != other and other in [one, other] and len({one, other}) == 2

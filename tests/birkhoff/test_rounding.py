@@ -130,6 +130,11 @@ def test_shapes(shape: tuple[int, ...]) -> None:
     assert round_to_nonexpansive(np.ones(shape, np.float32)).shape == shape
 
 
+def test_memory_layout_does_not_matter() -> None:
+    matrix = np.random.default_rng(0).random((10, 8, 8))
+    assert np.array_equal(round_to_polytope(np.asfortranarray(matrix)), round_to_polytope(matrix))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_round_once(dtype: torch.dtype) -> None:
     matrix = torch.rand(50, 4, 4).to(dtype)

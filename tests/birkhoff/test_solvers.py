@@ -88,6 +88,17 @@ def test_relaxation_reaches_the_limit_sooner_and_keeps_the_last_side_exact(rng: 
     ).all()
 
 
+def test_relaxation_keeps_zeros(rng: Any) -> None:
+    x = rng.normal(size=(20, 4, 4))
+    x[3, 0, 1] = x[5, 2, 2] = -np.inf
+    result = birkhoff.project(x, SinkhornLog(relaxation=1.4))
+    assert np.array_equal(result.matrix == 0.0, np.isneginf(x)) and np.isfinite(result.matrix).all()
+    torch = pytest.importorskip("torch")
+    logits = torch.tensor(x, requires_grad=True)
+    birkhoff.project(logits, SinkhornLog(relaxation=1.4)).matrix.square().sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[3, 0, 1] == 0.0
+
+
 def test_relaxed_result_does_not_depend_on_first_side_constants(rng: Any) -> None:
     values = rng.normal(size=(20, 3, 3))
     solver = SinkhornLog(num_iters=4, relaxation=1.4)

@@ -106,6 +106,9 @@ def test_misuse() -> None:
         project_sparse(np.eye(3))
     with pytest.raises(ShapeError):
         project_sparse(sparse.csr_array(np.ones((2, 3))))
+    for shape in ((3,), (2, 2, 2)):
+        with pytest.raises(ShapeError, match=r"\(n, n\) with n >= 1, got \("):
+            project_sparse(sparse.coo_array(np.ones(shape)))
     with pytest.raises(DtypeError):
         project_sparse(square.astype(int))
     for options in ({"num_iters": 0}, {"tol": 0.0}, {"first": "x"}, {"entries": "log"}):

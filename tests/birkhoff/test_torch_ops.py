@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E402
 
 import birkhoff  # noqa: E402
+import birkhoff.diagnostics  # noqa: E402
 from birkhoff import reference  # noqa: E402
 from birkhoff.adjoints import Implicit, Unrolled  # noqa: E402
+from birkhoff.large import project_large  # noqa: E402
 from birkhoff.solvers import Euclidean, Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog  # noqa: E402
 from birkhoff.solvers.protocol import to_text  # noqa: E402
 
@@ -216,6 +219,58 @@ def test_autocast_changes_nothing() -> None:
     inside.square().sum().backward()
     outside.square().sum().backward()
     assert torch.equal(x.grad, y.grad)
+
+
+def test_autocast_changes_no_matrix_product() -> None:
+    """Products of the Euclidean projection's derivative, of diagnostics and of large matrices stay in float32."""
+    x, direction = torch.randn(5, 6, 6), torch.randn(5, 6, 6)
+    big = torch.randn(40, 40)
+
+    def numbers() -> list[Any]:
+        mixing = birkhoff.diagnostics.diagnose(birkhoff.sinkhorn(x))
+        return [
+            jvp(project(Euclidean()), (x,), (direction,))[1],
+            mixing.second_eigenvalue,
+            mixing.second_singular_value,
+            project_large(big).matrix,
+        ]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = numbers()
+    for got, expected in zip(inside, numbers(), strict=True):
+        assert torch.equal(got, expected) and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", [SinkhornKnopp(tol=1e-9, num_iters=200), SinkhornDamped(tol=1e-2)], ids=to_text)
+def test_forward_mode_to_a_tolerance(solver: Any) -> None:
+    """Tangents are those of the iterations that ran, not silently zero."""
+    x, direction = logits(3, 4, 4), logits(3, 4, 4, seed=1)
+    moved = jvp(project(solver), (x,), (direction,))[1]
+    by_reverse = torch.einsum("bijckl,ckl->bij", jacrev(project(solver))(x), direction)
+    torch.testing.assert_close(moved, by_reverse)
+    assert moved.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("solver", [SinkhornKnopp(), SinkhornKnopp(tol=1e-6), Newton(), Euclidean()], ids=to_text)
+def test_tensors_without_values(solver: Any) -> None:
+    """Shapes and dtypes of a report are known on the meta device and to the tracer's fake tensors."""
+    result = birkhoff.project(torch.empty(3, 2, 4, 4, device="meta"), solver, finish="exact")
+    assert result.matrix.shape == (3, 2, 4, 4) and result.matrix.is_meta and result.status.shape == (3, 2)
+    with FakeTensorMode():
+        assert birkhoff.project(torch.empty(3, 4, 4), solver).column_error.shape == (3,)
+
+
+def test_operators_have_their_own_rule_for_vmap(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not torch's loop over the batch, which warns."""
+    x, solver = logits(3, 5, 4, 4), SinkhornKnopp(tol=1e-6, num_iters=100)
+    counts = vmap(lambda z: birkhoff.project(z, solver).num_iters, in_dims=1, out_dims=1)(x)
+    assert torch.equal(counts, birkhoff.project(x, solver).num_iters)
+    plan = (to_text(SinkhornKnopp()), "float64", "float64", "float64")
+    direction = logits(3, 5, 4, 4, seed=1)
+    for op, stacks in ((torch.ops.birkhoff.project_forward, (x,)), (torch.ops.birkhoff.project_vjp, (x, direction))):
+        mapped = vmap(lambda *z, op=op: op(*z, *plan))(*stacks)
+        assert torch.equal(mapped, torch.stack([op(*parts, *plan) for parts in zip(*stacks, strict=True)]))
+    assert "batching rule" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
