@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from proofs import claims, pool, report, runner
-from proofs._claim import Claim
+from proofs._claim import Claim, Sample
 from proofs.backends import BACKENDS
 from proofs.runner import PROFILES, Outcome
 from proofs.selection import Selection
@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     effort.add_argument("--seed", type=int, help="other examples than the fixed ones")
     effort.add_argument("--jobs", type=int, default=1, metavar="N", help="processes to share the claims among")
     effort.add_argument("--seconds", type=float, metavar="S", help="begin no further claim after S seconds")
-    effort.add_argument("--replay", type=Path, metavar="FILE", help="try the failing examples of a JSON report again")
+    effort.add_argument(
+        "--replay", type=Path, metavar="FILE", help="try the failing examples of a JSON report again (of the same code)"
+    )
     output = parser.add_argument_group("reports")
     output.add_argument("--detail", action="store_true", help="one line a claim and projection")
     output.add_argument("--json", type=Path, metavar="FILE", help="write every outcome as soon as it is known")
@@ -146,14 +148,27 @@ def _run(
     return list(outcomes.values())
 
 
-def _replay(found: list[Any], path: Path) -> list[Outcome]:
-    _, failing = report.load_failures(path)
+_SELECTING = ("projection", "last", "num_iters", "backend", "dtype", "size", "solver")
+
+
+def _as_reported(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tuple[str, str, Sample]]:
+    """Return the failing examples of the report; options that select what is verified default to those of its run."""
+    settings, failing = report.load_failures(options.replay)
+    if not failing:
+        raise ValueError(f"{options.replay} holds no failing example to try again")
+    if all(getattr(options, name) == parser.get_default(name) for name in _SELECTING):
+        for name in _SELECTING:
+            setattr(options, name, settings.get(name, parser.get_default(name)))
+    return failing
+
+
+def _replay(found: list[Any], path: Path, failing: Sequence[tuple[str, str, Sample]]) -> list[Outcome]:
     by_title = {subject.title: subject for subject in found}
     outcomes = []
     for claim_name, title, sample in failing:
         if title not in by_title:
             raise ValueError(
-                f"{path} holds an example of {title!r}, which these options don't select; pass the same ones"
+                f"{path} holds an example of {title!r}, which these options don't select; pass the same ones, or none"
             )
         outcomes.append(runner.replay(claims.by_name(claim_name), by_title[title], sample))
     return outcomes
@@ -176,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--jobs {options.jobs}; give 1 or more")
         if options.seconds is not None and not options.seconds > 0:
             raise ValueError(f"--seconds {options.seconds:g}; give more than 0")
+        failing = _as_reported(options, parser) if options.replay else []
         selection = _selection(options)
         found = selection.subjects()
         unsaid = ("json", "junit", "commit", "replay", "detail", "list")
@@ -190,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report.write_json(options.json, outcomes, facts)
 
         if options.replay:
-            outcomes = _replay(found, options.replay)
+            outcomes = _replay(found, options.replay, failing)
         else:
             outcomes = _run(console, chosen, selection, found, options, deadline, keep)
         keep(outcomes)

@@ -87,7 +87,8 @@ class Observation:
     Parameters
     ----------
     seen, allowed : float
-        The claim holds on the example when ``seen <= allowed``; NaN never does.
+        The claim holds on the example when ``seen <= allowed``; NaN never does, and an infinite allowance allows
+        nothing: it comes from a matrix that the claim cannot measure.
     item : int
         Which matrix of the stack it was.
     detail : str
@@ -102,16 +103,16 @@ class Observation:
     @property
     def holds(self) -> bool:
         """Whether the deviation stays within what is allowed."""
-        return bool(self.seen <= self.allowed)
+        return bool(self.seen <= self.allowed < np.inf)
 
     @property
     def ratio(self) -> float:
         """Seen over allowed: above 1 the claim is broken."""
-        if np.isnan(self.seen) or np.isnan(self.allowed):
+        if np.isnan(self.seen) or not self.allowed < np.inf:
             return float("inf")
         if self.allowed > 0:
             return float(self.seen / self.allowed)
-        return 0.0 if self.seen <= self.allowed else float("inf")
+        return 0.0 if self.holds else float("inf")
 
 
 def worst(seen: Any, allowed: Any, detail: str = "") -> Observation:
@@ -120,7 +121,8 @@ def worst(seen: Any, allowed: Any, detail: str = "") -> Observation:
     Parameters
     ----------
     seen, allowed : array_like, shape (B, ...)
-        Deviation and allowance; broadcast, then reduced over all axes but the first. NaN counts as a breach.
+        Deviation and allowance; broadcast, then reduced over all axes but the first. NaN and an infinite allowance
+        count as a breach.
     """
     seen, allowed = np.broadcast_arrays(np.asarray(seen, dtype=np.float64), np.asarray(allowed, dtype=np.float64))
     if seen.size == 0:
@@ -128,7 +130,7 @@ def worst(seen: Any, allowed: Any, detail: str = "") -> Observation:
     flat_seen, flat_allowed = seen.reshape(-1), allowed.reshape(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(flat_allowed > 0, flat_seen / flat_allowed, np.where(flat_seen <= flat_allowed, 0.0, np.inf))
-    ratio = np.where(np.isnan(flat_seen) | np.isnan(flat_allowed), np.inf, ratio)
+    ratio = np.where(np.isnan(flat_seen) | ~(flat_allowed < np.inf), np.inf, ratio)
     at = int(np.argmax(ratio))
     per_item = max(1, seen.size // seen.shape[0]) if seen.ndim else 1
     return Observation(float(flat_seen[at]), float(flat_allowed[at]), at // per_item, detail)
@@ -186,6 +188,8 @@ class Claim:
         Multiplies the number of examples of the profile; below 1 for expensive checks.
     itemwise : bool
         Every matrix of a stack is judged by itself, so examples of one size and dtype may be checked as one stack.
+    inside : callable
+        ``inside(sample)`` tells whether an example that was cut down still lies in the domain.
     """
 
     name: str
@@ -203,3 +207,4 @@ class Claim:
     kind: Kind = "projection"
     effort: float = 1.0
     itemwise: bool = False
+    inside: Callable[[Sample], bool] = field(default=lambda sample: True, repr=False)

@@ -90,6 +90,13 @@ class Backend:
         """Whether :meth:`autograd` works."""
         return False
 
+    sees_waiting = False
+    """Whether :meth:`forbids_waiting` can tell."""
+
+    def forbids_waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, waiting for a device raises ``RuntimeError``, on backends where that is seen."""
+        return contextlib.nullcontext()
+
 
 class StrictBackend(Backend):
     """array-api-strict: the standard and nothing else."""
@@ -166,6 +173,17 @@ class CudaBackend(TorchBackend):
     name = "cuda"
     device = "cuda"
     leaves_out: tuple[str, ...] = ("triton", "triton-newton")
+    sees_waiting = True
+
+    @contextlib.contextmanager
+    def forbids_waiting(self) -> Iterator[None]:
+        torch = importlib.import_module("torch")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("torch") is None:

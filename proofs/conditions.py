@@ -9,6 +9,7 @@ from proofs.subjects import Subject
 __all__ = [
     "Condition",
     "adds_eps",
+    "adds_exactly",
     "converges",
     "differentiates_twice",
     "exact_side",
@@ -58,6 +59,13 @@ def no_eps(subject: Subject) -> str | None:
 def adds_eps(subject: Subject) -> str | None:
     """Its divisors are the sums plus eps."""
     return None if subject.eps is not None else "adds no eps to its divisors"
+
+
+def adds_exactly(subject: Subject) -> str | None:
+    """It takes a dtype in which sums of short numbers do not round."""
+    if {"float64", "float32"} & set(subject.backend.dtypes):
+        return None
+    return "constants added to half-precision logits round them"
 
 
 def unfinished(subject: Subject) -> str | None:

@@ -93,8 +93,8 @@ CLAIMS: tuple[Claim, ...] = (
         statement="<G - P, V - P> <= 0 for every permutation matrix V, up to tolerance: no doubly stochastic matrix is "
         "nearer to G than P.",
         domain="logits up to range 1e2, n <= 4",
-        method="all n! permutations",
-        lemma="dstoch_convex",
+        method="all n! permutations, of which every doubly stochastic matrix is a mixture",
+        lemma="bvn_step",
         lemmas=("dstoch_perm",),
         samples=lambda subject: strategies.samples(
             generators=_DOMAIN, scales=_SCALES, sizes=(1, 2, 3, 4), dtypes=subject.backend.dtypes

@@ -9,6 +9,7 @@ import numpy as np
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
 from proofs.conditions import (
+    adds_exactly,
     converges,
     differentiates_twice,
     has_implicit_gradient,
@@ -46,6 +47,22 @@ def _dot_product(subject: Subject, sample: Sample) -> Observation:
         gap = np.abs(np.sum(grad * pushed, axis=(-2, -1)) - np.sum(pulled * direction, axis=(-2, -1)))
         seen.append(worst(gap.astype(np.float64), scale * _norms(direction), "|<G, J V> - <J^T G, V>|"))
     return worst_of(seen)
+
+
+def _differences(subject: Subject, sample: Sample) -> Observation:
+    grad = _upstream(sample)
+    rng = np.random.default_rng(sample.seed + 1)
+    step = 2.0**-14 if sample.dtype == "float64" and not subject.converged else 2.0**-7
+    direction = step * rng.standard_normal(sample.logits.shape)
+    ahead, behind = (
+        sample.with_logits((sample.logits + sign * direction).astype(sample.logits.dtype)) for sign in (1, -1)
+    )
+    moved = ahead.logits.astype(np.float64) - behind.logits  # what the two differ by once they are stored
+    pulled = np.sum(subject.gradient(sample, grad) * moved, axis=(-2, -1))
+    pushed = np.sum(grad * (subject.matrix(ahead) - subject.matrix(behind)), axis=(-2, -1))
+    rounding = subject.agreement_allowance(ahead, behind)[:, 0, 0] * np.sum(np.abs(grad), axis=(-2, -1))
+    allowed = _norms(direction) ** 3 * _norms(grad) + rounding
+    return worst(np.abs(pushed - pulled), allowed, "|<G, f(X + hV) - f(X - hV)> - <J^T G, 2hV>|")
 
 
 def _orthogonal(subject: Subject, sample: Sample) -> Observation:
@@ -160,6 +177,25 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         check=_dot_product,
         applies=meets(offers_gradient, known_iteration),
+        itemwise=True,
+    ),
+    _claim(
+        name="gradient_matches_differences",
+        statement="<G, f(X + hV) - f(X - hV)> = 2 h <J^T G, V> within (h |V|)^3 |G| and the accuracy contracts of the "
+        "two results: the gradient belongs to the function itself, whatever its number of iterations.",
+        domain="logit std up to 2, n <= 5; h is 2^-14, in float32 and for a limit 2^-7",
+        method="one Gaussian direction for each matrix, rounded with the logits",
+        lemma="normalised_adjoint",
+        lemmas=("normalised_difference",),
+        samples=lambda subject: strategies.samples(
+            generators=("gaussian", "small", "circulant", "rank_one", "diagonal", "constant"),
+            scales=(0.1, 0.3, 1.0, 2.0),
+            sizes=(2, 3, 4, 5),
+            batch=8,
+            dtypes=subject.backend.dtypes,
+        ),
+        check=_differences,
+        applies=meets(offers_gradient, kl, unfinished, adds_exactly),
         itemwise=True,
     ),
     _claim(

@@ -92,11 +92,12 @@ def _page(results: dict[str, list[dict[str, Any]]], versions: dict[str, str], pr
         tried = sum(record["examples"] for record in results[peer.function])
         lines += [f"### {peer.function}", "", f"{tried:,} matrices tried, {len(broken)} claims broken.", ""]
         for record in broken:
-            sample = Sample.from_record(record["failing"])
             seen, allowed = (f"{float(record[key]):.3g}" for key in ("seen", "allowed"))
+            lines += [f"- **{record['claim']}**: seen {seen}, allowed {allowed} ({record['reason']})", ""]
+            if record["failing"] is None:
+                continue
+            sample = Sample.from_record(record["failing"])
             lines += [
-                f"- **{record['claim']}**: seen {seen}, allowed {allowed} ({record['reason']})",
-                "",
                 "  ```text",
                 *(f"  {line}" for line in f"logits = {report.describe(sample)}".splitlines()),
                 "  ```",

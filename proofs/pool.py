@@ -1,7 +1,8 @@
 """Running claims in several processes: the same outcomes in the same order, sooner.
 
 A claim and a subject are functions, which do not travel between processes; their names do. Every process builds the
-subjects of the selection once and is then sent one claim on one subject at a time.
+subjects of the selection once and is then sent one claim on one subject at a time. A process that dies takes the others
+with it, so each marks what it begins in memory that they share.
 """
 
 from __future__ import annotations
@@ -15,26 +16,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
 from typing import Any
 
 from proofs import claims as all_claims
 from proofs import runner, schedule
-from proofs._claim import Claim
+from proofs._claim import Claim, Observation
 from proofs.runner import Outcome, Profile, pairs
 from proofs.selection import Selection
 
 __all__ = ["run"]
 
+Found = dict[str, Any]
+Pair = tuple[Claim, Any]
+
 _SUBJECTS: dict[str, Any] = {}
+_BEGUN: list[Any] = []
 
 
-def _prepare(selection: Selection, path: list[str]) -> None:
+def _prepare(selection: Selection, path: list[str], begun: Any) -> None:
     """Build the subjects of this process; Ctrl-C is for the first process, whose end is the end of this one."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path[:] = path
     _SUBJECTS.update({subject.title: subject for subject in selection.subjects()})
+    _BEGUN.append(begun)
 
 
 def _end_with_parent() -> None:
@@ -46,11 +53,12 @@ def _end_with_parent() -> None:
 
 
 def _try(
-    claim: str, subject: str, profile: Profile, seed_value: int | None, deadline: float | None
-) -> dict[str, Any] | None:
+    place: int, claim: str, subject: str, profile: Profile, seed_value: int | None, deadline: float | None
+) -> Found | None:
     """Return what became of the claim, or nothing where the deadline came first."""
     if deadline is not None and time.time() >= deadline:
         return None
+    _BEGUN[0][place] = True
     outcome = runner.run_claim(all_claims.by_name(claim), _SUBJECTS[subject], profile, seed_value=seed_value)
     return {part.name: getattr(outcome, part.name) for part in fields(outcome) if part.name != "claim"}
 
@@ -67,30 +75,55 @@ def run(
 ) -> list[Outcome]:
     """Try every claim on every subject of its kind in `jobs` processes, one thread each.
 
-    The other arguments, and what is returned, are those of :func:`proofs.runner.run`.
+    The other arguments, and what is returned, are those of :func:`proofs.runner.run`. Where a process dies, what it and
+    the others were at is tried again, each in a process of its own: what kills that one too is broken.
     """
     wanted = list(pairs(claims, selection.subjects()))
     outcomes = {(claim.name, subject.title): runner.untried(claim, subject.title) for claim, subject in wanted}
+
+    def share(work: Sequence[Pair], processes: int) -> tuple[list[Pair], list[Pair]]:
+        """Try them; return those that were begun but not ended when a process died, and those not begun then."""
+        begun = context.RawArray("b", len(work))
+        lost: list[int] = []
+        with ProcessPoolExecutor(processes, context, _prepare, (selection, list(sys.path), begun)) as pool:
+            futures = {
+                pool.submit(_try, place, claim.name, subject.title, profile, seed_value, deadline): place
+                for place, (claim, subject) in enumerate(work)
+            }
+            try:
+                for future in as_completed(futures):
+                    place = futures[future]
+                    try:
+                        found = future.result()
+                    except BrokenProcessPool:
+                        lost.append(place)
+                        continue
+                    if found is not None:
+                        keep(Outcome(work[place][0], **found))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+        lost.sort()
+        if lost and not any(begun[place] for place in lost):
+            raise BrokenProcessPool("it ended before it tried a claim")
+        return [work[k] for k in lost if begun[k]], [work[k] for k in lost if not begun[k]]
+
+    def keep(outcome: Outcome) -> None:
+        outcomes[outcome.claim.name, outcome.subject] = outcome
+        if progress is not None:
+            progress(outcome)
+
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    with _single_threaded(), ProcessPoolExecutor(jobs, context, _prepare, (selection, list(sys.path))) as pool:
-        futures = {
-            pool.submit(_try, claim.name, subject.title, profile, seed_value, deadline): claim
-            for claim, subject in schedule.by_importance(wanted)
-        }
-        try:
-            for future in as_completed(futures):
-                found = future.result()
-                if found is None:
-                    continue
-                outcome = Outcome(futures[future], **found)
-                outcomes[outcome.claim.name, outcome.subject] = outcome
-                if progress is not None:
-                    progress(outcome)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    left = schedule.by_importance(wanted)
+    with _single_threaded():
+        while left:
+            cut, left = share(left, jobs)
+            for claim, subject in cut:
+                if share([(claim, subject)], 1)[0]:
+                    reason = "the process that tried it died, and so did another one that tried nothing else"
+                    keep(Outcome(claim, subject.title, "broken", worst=Observation(float("inf"), 0.0), reason=reason))
     return list(outcomes.values())
 
 

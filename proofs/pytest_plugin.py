@@ -60,9 +60,12 @@ class ClaimUnderTest:
         last: str = "rows",
         backend: str = "numpy",
         num_iters: int | None = None,
+        dtypes: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         """Fail with the smallest failing example if the claim is broken; skip if it isn't claimed of this function."""
-        outcomes = _run([self.name], projection, last, backend, num_iters, self._profile, self._seed)
+        facts = {"last": last, "backend_name": backend, "num_iters": num_iters, "dtypes": dtypes, "sizes": sizes}
+        outcomes = _run([self.name], projection, facts, self._profile, self._seed)
         if outcomes[0].verdict == "not claimed":
             pytest.skip(outcomes[0].reason)
         _fail_if_broken(outcomes)
@@ -71,23 +74,19 @@ class ClaimUnderTest:
 def _run(
     names: Sequence[str] | None,
     projection: Callable[[Any], Any],
-    last: str,
-    backend: str,
-    num_iters: int | None,
+    facts: dict[str, Any],
     profile: str,
     seed: int | None,
 ) -> list[Any]:
     claims = importlib.import_module("proofs.claims")
     runner = importlib.import_module("proofs.runner")
     subjects = importlib.import_module("proofs.subjects")
-    subject = subjects.user_subject(
-        projection,
-        name=getattr(projection, "__name__", type(projection).__name__),
-        last=last,
-        backend_name=backend,
-        num_iters=num_iters,
-    )
+    name = getattr(projection, "__name__", type(projection).__name__)
+    subject = subjects.user_subject(projection, name=name, **facts)
     chosen = claims.PROJECTION_CLAIMS if names is None else claims.select(list(names))
+    others = [claim.name for claim in chosen if claim.kind != "projection"]
+    if others:
+        raise ValueError(f"{', '.join(others)}: not about projections, so nothing of {name} would be tried")
     return list(runner.run(chosen, [subject], runner.PROFILES[profile], seed_value=seed))
 
 
@@ -108,7 +107,10 @@ def birkhoff_claim(request: pytest.FixtureRequest) -> ClaimUnderTest:
 
 @pytest.fixture
 def verify_projection(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """A function ``verify(projection, *, last, backend, num_iters, claims)`` that fails if a claim is broken."""
+    """A function ``verify(projection, *, last, backend, num_iters, dtypes, sizes, claims)``.
+
+    It fails if a claim is broken, and if none of the chosen ones can be made of the projection.
+    """
     profile = request.config.getoption("--birkhoff-profile")
     seed = request.config.getoption("--birkhoff-seed")
 
@@ -118,8 +120,15 @@ def verify_projection(request: pytest.FixtureRequest) -> Callable[..., None]:
         last: str = "rows",
         backend: str = "numpy",
         num_iters: int | None = None,
+        dtypes: Sequence[str] | None = None,
+        sizes: Sequence[int] | None = None,
         claims: Sequence[str] | None = None,
     ) -> None:
-        _fail_if_broken(_run(claims, projection, last, backend, num_iters, profile, seed))
+        facts = {"last": last, "backend_name": backend, "num_iters": num_iters, "dtypes": dtypes, "sizes": sizes}
+        outcomes = _run(claims, projection, facts, profile, seed)
+        _fail_if_broken(outcomes)
+        if all(outcome.verdict == "not claimed" for outcome in outcomes):
+            reasons = "\n".join(f"{outcome.claim.name}: {outcome.reason}" for outcome in outcomes)
+            pytest.fail(f"nothing to verify, no claim applies\n{reasons}", pytrace=False)
 
     return verify

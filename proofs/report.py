@@ -108,17 +108,17 @@ def describe(sample: Sample) -> str:
 
 
 def explain(outcome: Outcome) -> str:
-    """Return statement, domain, finding and smallest example of a broken claim as plain text."""
-    assert outcome.worst is not None and outcome.failing is not None
-    return "\n".join(
-        (
-            f"{outcome.claim.name} is broken by {outcome.subject}",
-            f"  claim:  {outcome.claim.statement}",
-            f"  domain: {outcome.claim.domain}",
-            f"  seen {outcome.worst.seen:.6g}, allowed {outcome.worst.allowed:.6g}: {outcome.reason}",
-            f"  logits = {describe(outcome.failing)}",
-        )
-    )
+    """Return statement, domain, finding and smallest example, if there is one, of a broken claim as plain text."""
+    seen, allowed = (outcome.worst.seen, outcome.worst.allowed) if outcome.worst else (float("inf"), 0.0)
+    lines = [
+        f"{outcome.claim.name} is broken by {outcome.subject}",
+        f"  claim:  {outcome.claim.statement}",
+        f"  domain: {outcome.claim.domain}",
+        f"  seen {seen:.6g}, allowed {allowed:.6g}: {outcome.reason}",
+    ]
+    if outcome.failing is not None:
+        lines.append(f"  logits = {describe(outcome.failing)}")
+    return "\n".join(lines)
 
 
 def print_failures(console: Console, outcomes: Sequence[Outcome]) -> None:
@@ -239,9 +239,8 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
             name=outcome.claim.name,
             time=f"{outcome.seconds:.3f}",
         )
-        if outcome.verdict == "broken" and outcome.failing is not None:
-            failure = ElementTree.SubElement(case, "failure", message=outcome.reason)
-            failure.text = f"{outcome.claim.statement}\nlogits = {describe(outcome.failing)}"
+        if outcome.verdict == "broken":
+            ElementTree.SubElement(case, "failure", message=outcome.reason).text = explain(outcome)
         elif outcome.verdict in ("not claimed", "not tried"):
             ElementTree.SubElement(case, "skipped", message=outcome.reason)
     root = ElementTree.Element("testsuites")

@@ -15,6 +15,7 @@ import numpy as np
 from proofs import model
 from proofs._claim import Sample
 from proofs.backends import Backend, Projector, backend, with_dtypes
+from proofs.measure import accuracy_allowance, finish_allowance, limit_allowance, marginal_allowance
 
 __all__ = ["Subject", "backend", "builtin_subjects", "load_function", "solver_subject", "user_subject"]
 
@@ -92,7 +93,31 @@ class Subject:
 
     def matrix(self, sample: Sample) -> np.ndarray:
         """Project the sample; the result comes back in float64, converted exactly."""
-        return self.backend.asnumpy(self.function(self.array(sample)))
+        result = self.function(self.array(sample))
+        shape = getattr(result, "shape", None)
+        if shape is None:
+            raise TypeError(f"it returned a {type(result).__name__}, not an array")
+        if tuple(shape) != sample.logits.shape:
+            raise ValueError(f"it returned shape {tuple(shape)} for logits of shape {sample.logits.shape}")
+        return self.backend.asnumpy(result)
+
+    def side_allowance(self, sample: Sample) -> float:
+        """Return how far the sums of the side that is exact may be from 1."""
+        allowance = finish_allowance if self.finish == "exact" else marginal_allowance
+        return allowance(sample.logits.shape[-1], sample.dtype)
+
+    def agreement_allowance(self, *samples: Sample) -> np.ndarray:
+        """Return how far two results that approximate one matrix may be apart, shape (B, 1, 1).
+
+        Each run may miss it by the accuracy contract of its sample (one sample stands for both runs); four times that
+        where there is more than the iteration, a finish or the Euclidean distance; and a limit is known to its
+        tolerance only.
+        """
+        one, other = samples[0], samples[-1]
+        contract = accuracy_allowance(one.logits, one.dtype) + accuracy_allowance(other.logits, other.dtype)
+        factor = 1.0 if self.finish == "none" and self.geometry == "kl" else 4.0
+        tolerance = limit_allowance(one.logits.shape[-1]) if self.converged else 0.0
+        return (factor * contract + tolerance)[:, None, None]
 
     def gradient(self, sample: Sample, grad: np.ndarray) -> np.ndarray:
         """Return the vector-Jacobian product at the sample, in float64."""
@@ -145,6 +170,8 @@ def load_function(spec: str) -> Projector:
         raise ValueError(
             f"cannot import {module_name!r} ({error}); run from the folder that holds it, or install it"
         ) from error
+    except (Exception, SystemExit) as error:  # a module runs what its author wrote
+        raise ValueError(f"importing {module_name!r} raised {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(target, part):
             raise ValueError(f"{module_name!r} has no attribute {attribute!r}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from birkhoff import reference
 from birkhoff.solvers import Newton
 from proofs import claims, enclosure, runner
-from proofs.backends import BACKENDS
+from proofs.backends import BACKENDS, Backend
 from proofs.measure import sums
 from proofs.runner import Profile
 from proofs.subjects import Subject, solver_subject
@@ -102,6 +103,17 @@ def test_rejects_what_is_broken_and_accepts_what_is_right(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_smallest_example_lies_in_the_domain_of_its_claim() -> None:
+    """What is right holds on it, so that a replay after a mend can succeed."""
+    for name, (wrong, *_) in REJECTS.items():
+        effort = replace(MORE_EFFORT.get(name, EFFORT), shrink_budget=100)
+        outcome = runner.run_claim(claims.by_name(name), broken.subject(FUNCTIONS[wrong]), effort)
+        assert outcome.failing is not None
+        again = runner.replay(claims.by_name(name), broken.subject(broken.right), outcome.failing)
+        assert again.verdict == "holds", (name, wrong, again.reason)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_broken_projection_is_rejected_by_some_claim() -> None:
     named = {wrong for group in REJECTS.values() for wrong in group}
     assert named == set(FUNCTIONS)
@@ -149,6 +161,31 @@ def _wrong_after(count: int) -> Callable[[np.ndarray], np.ndarray]:
         return np.concatenate([matrix, np.zeros_like(logits[count:])])
 
     return function
+
+
+class _Watched(Backend):
+    """A NumPy with a device whose waits are seen."""
+
+    sees_waiting, forbidden = True, False
+
+    @contextlib.contextmanager
+    def forbids_waiting(self) -> Iterator[None]:
+        self.forbidden = True
+        yield
+        self.forbidden = False
+
+
+_WATCHED = _Watched()
+
+
+def _watched(function: Callable[[np.ndarray], np.ndarray]) -> Subject:
+    return replace(broken.subject(function), backend=_WATCHED)
+
+
+def _waits(logits: np.ndarray) -> np.ndarray:
+    if _WATCHED.forbidden:
+        raise RuntimeError("called a synchronizing CUDA operation")
+    return broken.right(logits)
 
 
 def _misbuilt(change: Callable[[int, str], tuple[int, str]]) -> Subject:
@@ -304,12 +341,10 @@ SPECIAL: dict[str, tuple[Callable[[], Subject], tuple[Callable[[], Subject], ...
         ),
     ),
     "large_stacks": (
-        _reporting,
-        (
-            lambda: replace(_reporting(), function=_wrong_after(2**16)),
-            lambda: replace(_reporting(), function=_wrong_after(100)),
-        ),
+        lambda: broken.subject(broken.right),
+        (lambda: broken.subject(_wrong_after(2**16)), lambda: broken.subject(_wrong_after(100))),
     ),
+    "does_not_wait_for_the_device": (lambda: _watched(broken.right), (lambda: _watched(_waits),)),
     "open_side_never_rises": (broken.family, (lambda: _misbuilt(lambda count, first: (21 - count, first)),)),
     "hilbert_contraction": (broken.family, (lambda: _misbuilt(lambda count, first: (1 + count // 3, first)),)),
     "two_by_two_error_below_1_over_2k": (
@@ -339,6 +374,15 @@ SPECIAL: dict[str, tuple[Callable[[], Subject], tuple[Callable[[], Subject], ...
             lambda: _with_vjp(lambda gradient, x, g: 0 * gradient),
             lambda: _with_vjp(lambda gradient, x, g: -gradient),
             lambda: _with_vjp(lambda gradient, x, g: reference.gradient(x, g, broken.NUM_ITERS - 1)),
+            lambda: _with_vjp(lambda gradient, x, g: np.swapaxes(gradient, -1, -2)),
+        ),
+    ),
+    "gradient_matches_differences": (
+        lambda: _with_vjp(lambda gradient, x, g: gradient),
+        (
+            lambda: _with_vjp(lambda gradient, x, g: 0 * gradient),
+            lambda: _with_vjp(lambda gradient, x, g: 1.01 * gradient),
+            lambda: _with_vjp(lambda gradient, x, g: np.where(x.dtype == np.float32, 0.9, 1.0) * gradient),
             lambda: _with_vjp(lambda gradient, x, g: np.swapaxes(gradient, -1, -2)),
         ),
     ),

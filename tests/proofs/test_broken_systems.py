@@ -74,7 +74,15 @@ CERTIFIERS: dict[str, tuple[Callable[[], Certifier], ...]] = {
         lambda: _certifier(lambda c, m: {"norm2_upper": c["norm2_upper"] * 1.001}),
         lambda: _certifier(lambda c, m: {"norm2_lower": 0 * c["norm2_lower"]}),
     ),
+    "certificate_is_close_on_hard_matrices": (
+        lambda: replace(systems.certifier(NUMPY), certify=_schur_only),
+        lambda: _certifier(lambda c, m: {"norm2_upper": c["norm2_upper"] * 1.011}),
+        lambda: _certifier(lambda c, m: {"norm2_upper": np.full_like(c["norm2_upper"], np.inf)}),
+        lambda: _certifier(lambda c, m: {"norm2_lower": c["norm2_lower"] * (1 - 2e-3)}),
+    ),
     "certified_sums_hold": (
+        lambda: _certifier(lambda c, m: {"sums_radius": np.full_like(c["sums_radius"], np.inf)}),
+        lambda: _certifier(lambda c, m: {"sums_radius": c["sums_radius"] * 4}),
         lambda: _certifier(lambda c, m: {"row_sums": c["column_sums"], "column_sums": c["row_sums"]}),
         lambda: _certifier(lambda c, m: {"row_sums": c["row_sums"] * (1 + 1e-14), "sums_radius": 0 * c["sums_radius"]}),
     ),
@@ -89,6 +97,7 @@ CERTIFIERS: dict[str, tuple[Callable[[], Certifier], ...]] = {
     "product_certificate_holds": (
         lambda: _certifier(lambda c, m: {"norm2_upper": c["norm2_upper"] * (1 - 1e-12)}),
         lambda: replace(systems.certifier(NUMPY), certify_product=_wrong_order),
+        lambda: _certifier(lambda c, m: {"sums_radius": c["sums_radius"] * 4}),
     ),
     "product_certificate_is_tight": (lambda: replace(systems.certifier(NUMPY), certify_product=_per_layer_product),),
 }

@@ -8,10 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from proofs import page, runner
+from proofs import page, pool, runner
 from proofs.__main__ import main
 from proofs._claim import Claim
 from proofs.backends import BACKENDS
+from tests.proofs import broken
 
 RIGHT = "tests.proofs.broken:right"
 WRONG = "tests.proofs.broken:half_a_step_missing"
@@ -63,8 +64,13 @@ def test_reports_can_be_read_back_and_replayed(tmp_path: Path, capsys: pytest.Ca
     suite = ElementTree.parse(junit).getroot()[0]
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
     assert main(["--projection", WRONG, "--replay", str(report)]) == 1
+    assert main(["--replay", str(report)]) == 1
+    assert "last_side_exact is broken" in capsys.readouterr().out
     assert main(["--projection", RIGHT, "--replay", str(report)]) == 2  # the report is about another projection
-    assert "pass the same ones" in capsys.readouterr().out
+    assert "pass the same ones, or none" in " ".join(capsys.readouterr().out.split())
+    assert main(["--projection", RIGHT, *FEW, "--json", str(report)]) == 0
+    assert main(["--replay", str(report)]) == 2
+    assert "holds no failing example" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_interrupted_run_reports_what_it_saw(
@@ -87,8 +93,24 @@ def test_an_interrupted_run_reports_what_it_saw(
     assert [outcome["verdict"] for outcome in document["outcomes"]] == ["holds", "not tried"]
 
 
-def test_a_process_that_dies_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--projection", "tests.proofs.broken:ends_the_process", *FEW, "--jobs", "2"]) == 130
+def test_what_kills_its_process_is_broken_and_the_rest_is_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    junit = tmp_path / "out.xml"
+    projection = ["--projection", "tests.proofs.broken:ends_the_process_at_one", "--jobs", "2", "--junit", str(junit)]
+    assert main([*projection, *FEW, "--claim", "two_by_two_closed_form"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 hold, 2 broken, 0 not claimed, 0 not tried" in text
+    assert "one_by_one_is_one is broken" in text and "the process that tried it died" in text
+    suite = ElementTree.parse(junit).getroot()[0]
+    assert suite.get("failures") == "2" and len(suite.findall("testcase/failure")) == 2
+
+
+def test_processes_that_cannot_begin_end_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_prepare", broken.ends_the_process)
+    assert main(["--projection", RIGHT, *FEW, "--jobs", "2"]) == 130
     text = capsys.readouterr().out
     assert "a process died" in text and "2 of 2 were not tried" in text
 
@@ -113,6 +135,7 @@ def test_list_prints_statements(capsys: pytest.CaptureFixture[str]) -> None:
         (["--projection", "no_such_module:f"], "cannot import 'no_such_module'"),
         (["--projection", "math:no_such_name"], "has no attribute 'no_such_name'"),
         (["--projection", "math:pi"], "not a function"),
+        (["--projection", "tests.proofs.module_that_exits:f"], "raised SystemExit: 0"),
         (["--claim", "nonsense"], "unknown claim 'nonsense'"),
         (["--solver", "Nonsense", "--backend", "numpy"], "birkhoff.solvers has"),
         (["--replay", "/nonexistent.json", "--backend", "numpy"], "is not a report"),

@@ -24,6 +24,15 @@ def test_rows(verify_projection):
 def test_columns(verify_projection):
     verify_projection(projection, last="columns", claims=["last_side_exact"])
 
+def test_small(verify_projection):
+    verify_projection(projection, sizes=(4,), dtypes=("float64",), claims=["small_logits_converge"])
+
+def test_nothing(verify_projection):
+    verify_projection(projection, claims=["double_backward_works"])
+
+def test_another_kind(verify_projection):
+    verify_projection(projection, claims=["certificate"])
+
 def test_each(birkhoff_claim):
     if birkhoff_claim.name in ("small_logits_converge", "two_by_two_closed_form", "double_backward_works"):
         birkhoff_claim.check(projection)
@@ -51,7 +60,8 @@ def test_fixtures_verify_and_explain(tmp_path: Path) -> None:
     loaded = _pytest(tmp_path, "--birkhoff-profile", "quick", "test_mine.py")
     assert "last_side_exact is broken by projection" in loaded
     assert "logits = [[[" in loaded
-    assert "1 failed" in loaded and "1 skipped" in loaded
+    assert "3 failed" in loaded and "1 skipped" in loaded
+    assert "nothing to verify" in loaded and "not about projections" in loaded
     assert "its backend has no automatic differentiation" in loaded
 
 

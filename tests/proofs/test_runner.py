@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,9 @@ def test_observation_is_never_kind_to_nan() -> None:
     assert not Observation(float("nan"), 1.0).holds
     assert Observation(float("nan"), 1.0).ratio == np.inf
     assert Observation(0.0, 0.0).holds and Observation(0.0, 0.0).ratio == 0
+    # what is allowed without a limit allows nothing
+    assert not Observation(1.0, float("inf")).holds and Observation(1.0, float("inf")).ratio == np.inf
+    assert not worst(np.ones(3), np.array([2.0, np.inf, 2.0])).holds
     assert not Observation(1e-300, 0.0).holds and Observation(1e-300, 0.0).ratio == np.inf
 
 
@@ -38,6 +43,47 @@ def test_an_exception_is_a_breach_with_its_text() -> None:
 
     outcome = runner.run_claim(claims.by_name("last_side_exact"), broken.subject(fails), EFFORT)
     assert outcome.verdict == "broken" and outcome.reason == "ZeroDivisionError: not today"
+
+
+def test_an_exit_is_a_breach_and_does_not_end_the_run() -> None:
+    outcome = runner.run_claim(claims.by_name("last_side_exact"), broken.subject(broken.exits), EFFORT)
+    assert outcome.verdict == "broken" and outcome.reason == "SystemExit: 0"
+
+
+def test_a_breach_that_does_not_repeat_keeps_what_was_seen_first() -> None:
+    calls: list[int] = []
+
+    def fails_at_first(logits: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        if len(calls) < 3:
+            raise RuntimeError("no context")
+        return broken.right(logits)
+
+    outcome = runner.run_claim(claims.by_name("last_side_exact"), broken.subject(fails_at_first), EFFORT)
+    assert outcome.verdict == "broken" and outcome.worst is not None and not outcome.worst.holds
+    assert outcome.reason.startswith("RuntimeError: no context (not when")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda logits: broken.right(logits)[..., 0], "returned shape"),
+        (lambda logits: broken.right(logits).tolist(), "returned a list, not an array"),
+        (lambda logits: (broken.right(logits), 20), "returned a tuple, not an array"),
+        (lambda logits: None, "returned a NoneType, not an array"),
+    ],
+)
+def test_what_is_no_array_of_the_shape_is_named(wrong: Callable[[np.ndarray], Any], reason: str) -> None:
+    for name in ("last_side_exact", "norm_at_most_sqrt_of_open_sum", "any_batch_shape"):
+        outcome = runner.run_claim(claims.by_name(name), broken.subject(wrong), EFFORT)
+        assert outcome.verdict == "broken" and reason in outcome.reason, outcome.reason
+
+
+def test_shrinking_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_SHRINK_SECONDS", 0.0)
+    outcome = runner.run_claim(claims.by_name("last_side_exact"), broken.subject(broken.half_a_step_missing), EFFORT)
+    assert outcome.verdict == "broken" and outcome.failing is not None
+    assert len(outcome.failing.logits) == 16  # the example as it was drawn
 
 
 def test_failing_examples_are_small() -> None:
@@ -91,13 +137,13 @@ def test_examples_of_one_size_and_dtype_are_checked_in_one_call() -> None:
         calls.append((logits.shape, str(logits.dtype)))
         return broken.right(logits)
 
-    joined, apart = claims.by_name("small_logits_converge"), claims.by_name("permutation_equivariance")
+    joined, apart = claims.by_name("small_logits_converge"), claims.by_name("same_bits_twice")
     outcome = runner.run_claim(joined, broken.subject(record), EFFORT)
     kinds = [(shape[-1], dtype) for shape, dtype in calls]
     assert len(kinds) == len(set(kinds)) and outcome.examples == sum(shape[0] for shape, _ in calls) == 160
     calls.clear()
-    assert runner.run_claim(apart, broken.subject(record), EFFORT).examples == 160
-    assert len(calls) == 20 and {shape[0] for shape, _ in calls} == {16}
+    assert runner.run_claim(apart, broken.subject(record), EFFORT).examples == 40
+    assert len(calls) == 10 and {shape[0] for shape, _ in calls} == {8}
 
 
 def test_a_breach_in_a_joined_stack_is_one_example_with_its_own_seed() -> None:
