@@ -169,7 +169,7 @@ def _statuses(subject: Subject, sample: Sample) -> Observation:
 
 def _has_total_support(sample: Sample) -> bool:
     """Whether every entry that is not -inf lies on a permutation of such entries, and there is one: tries all."""
-    kept = ~np.isneginf(sample.logits)
+    kept = sample.logits != -np.inf
     size = kept.shape[-1]
     orders = np.array(list(itertools.permutations(range(size))))
     covered = np.zeros_like(kept)
