@@ -431,7 +431,7 @@ def _table(result: dict[str, Any]) -> str:
     for row in rows:
         if "fastest" not in row:
             kind = next(key for key in ("skipped", "wrong", "failed") if key in row)
-            if kind != "skipped":
+            if kind != "skipped" or row[kind].startswith("not reached"):
                 lines.append(f"| {row['name']} | {kind}: {row[kind]} |  |  |")
             continue
         ratio = f"{row['fastest'] / best:.2f}" if best else ""

@@ -92,6 +92,7 @@ def test_what_the_time_does_not_allow_says_so() -> None:
     ours = contestant("ours", reference.sinkhorn, ours=True)
     report = run((Case(2, 8),), (ours,), device(), deadline=Deadline(-1.0))
     assert report["results"][0]["rows"][0]["skipped"] == "not reached in -1 s"
+    assert "| ours | skipped: not reached in -1 s |" in projection._table(report["results"][0])
 
 
 def test_a_row_is_given_up_after_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
