@@ -195,7 +195,7 @@ CLAIMS: tuple[Claim, ...] = (
         method="the stack against its matrices one at a time",
         samples=lambda subject: _some(subject, batch=7),
         check=_one_by_one,
-        effort=0.5,
+        effort=0.3,
     ),
     _claim(
         name="one_bad_matrix_poisons_only_itself",
@@ -204,6 +204,7 @@ CLAIMS: tuple[Claim, ...] = (
         method="compared with the clean stack within twice the accuracy contract",
         samples=lambda subject: _some(subject, batch=5),
         check=_poisoned,
+        effort=0.5,
     ),
     _claim(
         name="input_is_not_written",
@@ -230,7 +231,7 @@ CLAIMS: tuple[Claim, ...] = (
         method="compared with the flat stack within twice the accuracy contract",
         samples=lambda subject: _some(subject, batch=6),
         check=_batch_shapes,
-        effort=0.5,
+        effort=0.3,
     ),
     _claim(
         name="large_stacks",

@@ -67,15 +67,18 @@ def _version(package: str) -> str:
         return name
 
 
-def _page(results: dict[str, list[dict[str, Any]]], versions: dict[str, str], profile: str) -> str:
+def _page(
+    results: dict[str, list[dict[str, Any]]], versions: dict[str, str], sizes: dict[str, list[int]], profile: str
+) -> str:
     peers = [peer for peer in adapters.PEERS if peer.function in results]
     lines = [_HEAD.format(profile=profile, date=datetime.date.today().isoformat()), "## The projections", ""]
     lines += ["| name | what is called | package | last side | dtypes | n |", "|---|---|---|---|---|---|"]
     for peer in peers:
         dtypes = ", ".join(peer.dtypes) if peer.dtypes else "all that the backend has"
-        sizes = ", ".join(map(str, peer.sizes)) if peer.sizes else "any"
+        tried = sizes.get(peer.function) or peer.sizes
+        tried_sizes = ", ".join(map(str, tried)) if tried else "any"
         version = versions[peer.function]
-        lines.append(f"| `{peer.function}` | {peer.about} | {version} | {peer.last} | {dtypes} | {sizes} |")
+        lines.append(f"| `{peer.function}` | {peer.about} | {version} | {peer.last} | {dtypes} | {tried_sizes} |")
     lines += ["", "## Which claim holds for which", ""]
     lines += ["| claim | " + " | ".join(f"`{peer.function}`" for peer in peers) + " |"]
     lines += ["|---|" + "---|" * len(peers)]
@@ -116,11 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results: dict[str, list[dict[str, Any]]] = {}
     versions: dict[str, str] = {}
+    sizes: dict[str, list[int]] = {}
     for path in options.add:
         document = json.loads(path.read_text(encoding="utf-8"))
         name = str(document["settings"]["projection"]).rpartition(":")[2]
         package = _DISTRIBUTIONS[next(peer.package for peer in adapters.PEERS if peer.function == name)]
         results[name] = document["outcomes"]
+        sizes[name] = document["settings"].get("size") or []
         found = document["versions"]
         versions[name] = f"{package} {found.get(package, '')}".strip() + f" on {found.get('device', 'a CPU')}"
     for peer in adapters.PEERS:
@@ -137,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (options.json / f"{peer.function}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         versions[peer.function] = _version(peer.package)
         print(f"{peer.function}: {sum(r['verdict'] == 'broken' for r in results[peer.function])} claims broken")
-    options.page.write_text(_page(results, versions, options.profile), encoding="utf-8")
+    options.page.write_text(_page(results, versions, sizes, options.profile), encoding="utf-8")
     return 0
 
 
