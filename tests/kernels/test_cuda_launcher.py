@@ -31,12 +31,21 @@ def test_a_python_number_is_refused_with_the_fix() -> None:
 
 
 class RecordingDriver:
-    """``cuLaunchKernel`` and ``cuFuncSetAttribute`` that note what they were given."""
+    """``cuLaunchKernel`` and ``cuFuncSetAttribute`` that note what they were given; a context for each thread."""
 
     def __init__(self, words: int, code: int = 0) -> None:
         self.words, self.code = words, code
         self.launches: list[tuple[list[int], list[int], int]] = []
         self.attributes: list[int] = []
+        self.current = threading.local()
+
+    def cuCtxGetCurrent(self, place):
+        place._obj.value = getattr(self.current, "context", None)
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.current.context = context.value
+        return 0
 
     def cuLaunchKernel(self, handle, *rest):
         *shape, stream, places, extra = rest
@@ -44,6 +53,12 @@ class RecordingDriver:
         words = [ctypes.cast(places[i], ctypes.POINTER(ctypes.c_uint64)).contents.value for i in range(self.words)]
         self.launches.append(([size.value for size in shape], words, stream.value))
         return self.code
+
+    def in_context(self, handle, *rest):
+        """``cuLaunchKernel`` of a driver that knows the contexts of threads."""
+        if getattr(self.current, "context", None) != 0xC0:
+            return 201
+        return type(self).cuLaunchKernel(self, handle, *rest)
 
     def cuFuncSetAttribute(self, handle, attribute, value):
         self.attributes.append(value)
@@ -85,6 +100,49 @@ def test_more_shared_memory_is_allowed_once(driver: RecordingDriver) -> None:
     assert driver.attributes == [60000]
     with pytest.raises(ValueError, match="cooperative"):
         DriverKernel(7, cooperative=True).prepare((1,), (32,), (None,))
+
+
+def test_a_thread_without_a_context_launches_in_the_kernel_s(
+    driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reuses cached memory makes no call of the runtime before the launch, so none is current in it."""
+    driver.words = 1
+    monkeypatch.setattr(driver, "cuLaunchKernel", driver.in_context, raising=False)
+    driver.current.context = 0xC0
+    kernel = DriverKernel(7)
+    prepared = kernel.prepare((1,), (32,), (None,))
+
+    def launches() -> None:
+        prepared((0x1000,), 3)
+        driver.current.context = None
+        kernel._launch((1,), (32,), (np.int64(0x2000),), 0, 4)
+
+    thread = threading.Thread(target=launches)
+    thread.start()
+    thread.join()
+    assert [(words, stream) for _, words, stream in driver.launches] == [([0x1000], 3), ([0x2000], 4)]
+    driver.current.context = 0xDD  # another device's: that is an error of the caller, not a missing context
+    with pytest.raises(RuntimeError, match="201"):
+        prepared((0x1000,), 3)
+
+
+def test_threads_that_allow_shared_memory_end_with_the_larger_amount(driver: RecordingDriver) -> None:
+    kernel = DriverKernel(7)
+    arrived = threading.Event()
+
+    def allow(handle, attribute, value):
+        arrived.set()
+        driver.attributes.append(value)
+        return 0
+
+    driver.cuFuncSetAttribute = allow
+    with kernel._allowing:
+        smaller = threading.Thread(target=kernel._allow, args=(60000,))
+        smaller.start()
+        assert not arrived.wait(0.05)
+        kernel._shared_bytes = 100000  # what another thread has allowed meanwhile
+    smaller.join()
+    assert driver.attributes == []
 
 
 def test_threads_have_words_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

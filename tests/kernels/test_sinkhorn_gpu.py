@@ -56,7 +56,7 @@ def check(kernels: ModuleType, rng: np.random.Generator, n: int, std: float, dty
             + (UNIT[dtype] if dtype in (torch.bfloat16, torch.float16) else 0.0)
         ),
     )
-    if options["method"] == "knopp" and dtype in (torch.float32, torch.float64):
+    if options["method"] != "damped" and dtype in (torch.float32, torch.float64):
         axis = 2 if options["first"] == "columns" else 1
         assert marginal_error(matrix, axis) <= (n + 1) * UNIT[dtype]
 
@@ -64,6 +64,26 @@ def check(kernels: ModuleType, rng: np.random.Generator, n: int, std: float, dty
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 13, 16, 24, 32])
 def test_contract(kernels: ModuleType, rng: np.random.Generator, n: int) -> None:
     check(kernels, rng, n, 1.0)
+
+
+#: Logit standard deviation and options, dealt out to the sizes in turn.
+VARIANTS: tuple[tuple[float, dict[str, Any]], ...] = (
+    (1.0, {"first": "rows", "num_iters": 2}),
+    (30.0, {"num_iters": 1}),
+    (2.0, {"num_iters": 100, "first": "rows"}),
+    (3.0, {"method": "damped", "num_iters": 1, **EPS}),
+    (5.0, {"range_cap": 3.0, "num_iters": 25}),
+    (2.0, {"method": "damped", "num_iters": 49, "first": "rows", **EPS}),
+    (10.0, {"dtype": torch.bfloat16, "num_iters": 21}),
+    (8.0, {"method": "damped", "range_cap": 4.0, "num_iters": 2, "dtype": torch.float16, **EPS}),
+    (100.0, {"method": "log", "dtype": torch.float64, "num_iters": 3}),
+)
+
+
+@pytest.mark.parametrize("n", range(1, 33))
+def test_every_size_with_options_of_its_own(kernels: ModuleType, rng: np.random.Generator, n: int) -> None:
+    for std, options in VARIANTS[(n - 1) % 3 :: 3] if kernels is cuda else VARIANTS[n % 9 : n % 9 + 1]:
+        check(kernels, rng, n, std, **options)
 
 
 @pytest.mark.parametrize("n", [3, 4, 8, 16, 32])

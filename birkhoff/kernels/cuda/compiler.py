@@ -18,11 +18,11 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from birkhoff.kernels.cuda.launcher import DriverKernel, PreparedLaunch
+from birkhoff.kernels.cuda.launcher import DriverKernel, PreparedLaunch, relaxed_capture
 
 __all__ = ["Kernel", "Module", "available", "load"]
 
@@ -67,17 +67,19 @@ def available() -> str | None:
     return None
 
 
-def load(source: str, options: Sequence[str] = (), *, cooperative: bool = False) -> Module:
-    """Compile CUDA C++ for the current device, or take it from the cache.
+def load(source: str, options: Sequence[str] = (), *, cooperative: bool = False, device: int | None = None) -> Module:
+    """Compile CUDA C++ for a device, or take it from the cache.
 
     Parameters
     ----------
     source : str
         Text of the translation unit. ``#include <cuda_bf16.h>`` and the like work where the toolkit's headers are.
     options : sequence of str, optional
-        Compiler options, for example ``("-DN=4", "--use_fast_math")``. The architecture is the current device's.
+        Compiler options, for example ``("-DN=4", "--use_fast_math")``. The architecture is the device's.
     cooperative : bool, default False
         Launch with all blocks resident at once, so that they may wait for each other.
+    device : int, optional
+        Default: the current device.
 
     Returns
     -------
@@ -95,8 +97,7 @@ def load(source: str, options: Sequence[str] = (), *, cooperative: bool = False)
     Notes
     -----
     The first call for a source compiles (seconds); later calls in the process are a dictionary look-up, and later
-    processes read the cache on disk. Compile before capturing a CUDA graph: loading a module while capturing is an
-    error.
+    processes read the cache on disk. A first call may come while a CUDA graph is captured.
     """
     backend = available()
     if backend is None:
@@ -107,10 +108,12 @@ def load(source: str, options: Sequence[str] = (), *, cooperative: bool = False)
     if backend == "cupy":
         import cupy
 
-        return _load_cupy(source, tuple(options), cooperative, cupy.cuda.runtime.getDevice())
+        device = cupy.cuda.runtime.getDevice() if device is None else device
+        return _load_cupy(source, tuple(options), cooperative, device)
     import torch
 
-    return _load_bindings(source, tuple(options), cooperative, torch.cuda.current_device())
+    device = torch.cuda.current_device() if device is None else device
+    return _load_bindings(source, tuple(options), cooperative, device)
 
 
 @functools.cache
@@ -128,14 +131,18 @@ def _include_options() -> tuple[str, ...]:
 
 
 class _CupyModule:
-    def __init__(self, module: Any, cooperative: bool) -> None:
+    def __init__(self, module: Any, cooperative: bool, device: int) -> None:
         self._module = module
         self._cooperative = cooperative
+        self._device = device
         self._kernels: dict[str, DriverKernel] = {}
 
     def function(self, name: str) -> Kernel:
         if name not in self._kernels:
-            self._kernels[name] = DriverKernel(self._module.get_function(name).kernel.ptr, self._cooperative)
+            import cupy
+
+            with cupy.cuda.Device(self._device), relaxed_capture():
+                self._kernels[name] = DriverKernel(self._module.get_function(name).kernel.ptr, self._cooperative)
         return self._kernels[name]
 
 
@@ -147,10 +154,11 @@ def _load_cupy(source: str, options: tuple[str, ...], cooperative: bool, device:
         code=source, options=(*options, *_include_options()), backend="nvrtc", enable_cooperative_groups=cooperative
     )
     try:
-        module.compile()
+        with cupy.cuda.Device(device), relaxed_capture():
+            module.compile()
     except cupy.cuda.compiler.CompileException as error:
         raise RuntimeError(f"CUDA C++ does not compile with options {options}:\n{error}") from error
-    return _CupyModule(module, cooperative)
+    return _CupyModule(module, cooperative, device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -166,17 +174,19 @@ def _check(result: tuple[Any, ...]) -> Any:
 
 
 class _BindingsModule:
-    def __init__(self, module: Any, cooperative: bool) -> None:
+    def __init__(self, module: Any, cooperative: bool, device: int) -> None:
         self._module = module
         self._cooperative = cooperative
+        self._device = device
         self._kernels: dict[str, DriverKernel] = {}
 
     def function(self, name: str) -> Kernel:
         if name not in self._kernels:
             from cuda.bindings import driver
 
-            function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
-            self._kernels[name] = DriverKernel(int(function), self._cooperative)
+            with _current(self._device), relaxed_capture():
+                function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
+                self._kernels[name] = DriverKernel(int(function), self._cooperative)
         return self._kernels[name]
 
 
@@ -222,7 +232,23 @@ def _load_bindings(source: str, options: tuple[str, ...], cooperative: bool, dev
             with os.fdopen(handle, "wb") as file:
                 file.write(cubin)
             Path(name).replace(path)
+    with _current(device), relaxed_capture():
+        return _BindingsModule(_check(driver.cuModuleLoadData(cubin)), cooperative, device)
+
+
+@functools.cache
+def _primary_context(device: int) -> Any:
+    from cuda.bindings import driver
+
+    return _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device))))
+
+
+@contextlib.contextmanager
+def _current(device: int) -> Iterator[None]:
+    """Make a device's primary context current; a new thread has none, even where the device is the current one."""
+    import torch
+    from cuda.bindings import driver
+
     with torch.cuda.device(device):
-        torch.cuda.current_stream(device)  # makes the primary context current before the module is loaded into it
-        torch.zeros(1, device=f"cuda:{device}")
-        return _BindingsModule(_check(driver.cuModuleLoadData(cubin)), cooperative)
+        _check(driver.cuCtxSetCurrent(_primary_context(device)))
+        yield

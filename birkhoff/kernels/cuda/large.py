@@ -55,7 +55,7 @@ def _kernel(n: int, double: bool, device: int) -> tuple[compiler.Kernel, int]:
     """The kernel for this n, and its threads a block."""
     options, threads = flags(n, double)
     text = Path(__file__).with_name("large.cu").read_text(encoding="utf-8")
-    return compiler.load(text, options, cooperative=True).function("scaling_passes"), threads
+    return compiler.load(text, options, cooperative=True, device=device).function("scaling_passes"), threads
 
 
 def scaling_passes(kernel: Any, sums: Any, count: int) -> tuple[Any, Any, Any, Any, Any]:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["DriverKernel", "PreparedLaunch", "pack"]
+__all__ = ["DriverKernel", "PreparedLaunch", "pack", "relaxed_capture"]
 
 #: Dynamic shared memory that a kernel may ask for without opting in.
 _DEFAULT_SHARED_BYTES = 48 * 1024
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 _SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64)
 
@@ -27,6 +29,32 @@ _SCALARS = (np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64)
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+@contextlib.contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Let this thread load code while a stream is captured, which the stricter modes of a capture refuse."""
+    driver, mode = _driver(), ctypes.c_int(_RELAXED)
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+def _current_context() -> int:
+    context = ctypes.c_void_p()
+    _driver().cuCtxGetCurrent(ctypes.byref(context))
+    return context.value or 0
+
+
+def _in_context(context: int, call: Callable[[], int]) -> None:
+    """A call of the driver; in a thread where no context is current yet, again with this one."""
+    code = call()
+    if code == _INVALID_CONTEXT and context and not _current_context():
+        _check(_driver().cuCtxSetCurrent(ctypes.c_void_p(context)))
+        code = call()
+    _check(code)
 
 
 def _word(argument: Any) -> int:
@@ -99,17 +127,21 @@ class PreparedLaunch:
         array that all calls share.
     shared_bytes : int
         Dynamic shared memory; more than 48 KiB must have been allowed for the kernel before.
+    context : int
+        ``CUcontext`` that the kernel was loaded into, for threads in which none is current yet.
 
     Notes
     -----
     Threads may launch at once: each call takes a set of argument words of its own, and the driver copies them.
     """
 
-    __slots__ = ("_free", "_handle", "_places", "_shape", "_template")
+    __slots__ = ("_context", "_free", "_handle", "_places", "_shape", "_template")
 
     def __init__(
-        self, handle: int, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], shared_bytes: int = 0
-    ) -> None:
+        self, handle: int, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], shared_bytes: int = 0,
+        context: int = 0,
+    ) -> None:  # fmt: skip
+        self._context = context
         self._handle = ctypes.c_void_p(handle)
         self._shape = (*_three(grid), *_three(block), ctypes.c_uint(shared_bytes))
         self._places = [place for place, argument in enumerate(arguments) if argument is None]
@@ -124,10 +156,10 @@ class PreparedLaunch:
             words, places = _places_of(self._template)
         for place, address in zip(self._places, addresses, strict=True):
             words[place] = address
-        code = _driver().cuLaunchKernel(self._handle, *self._shape, ctypes.c_void_p(stream), places, None)
+        start = (self._handle, *self._shape, ctypes.c_void_p(stream), places, None)
+        if _driver().cuLaunchKernel(*start) != 0:
+            _in_context(self._context, functools.partial(_driver().cuLaunchKernel, *start))
         self._free.append((words, places))
-        if code != 0:
-            _raise(code)
 
 
 class DriverKernel:
@@ -144,7 +176,9 @@ class DriverKernel:
     def __init__(self, handle: int, cooperative: bool = False) -> None:
         self._handle = ctypes.c_void_p(handle)
         self._cooperative = cooperative
+        self._context = _current_context()
         self._shared_bytes = _DEFAULT_SHARED_BYTES
+        self._allowing = threading.Lock()
 
     def __call__(
         self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *, shared_bytes: int = 0
@@ -169,11 +203,13 @@ class DriverKernel:
         words, addresses = pack(arguments)
         driver = _driver()
         self._allow(shared_bytes)
-        start = (self._handle, *_three(grid), *_three(block), ctypes.c_uint(shared_bytes), ctypes.c_void_p(stream))
+        shape = (*_three(grid), *_three(block), ctypes.c_uint(shared_bytes), ctypes.c_void_p(stream))
+        start: Callable[[], int]
         if self._cooperative:
-            _check(driver.cuLaunchCooperativeKernel(*start, addresses))
+            start = functools.partial(driver.cuLaunchCooperativeKernel, self._handle, *shape, addresses)
         else:
-            _check(driver.cuLaunchKernel(*start, addresses, None))
+            start = functools.partial(driver.cuLaunchKernel, self._handle, *shape, addresses, None)
+        _in_context(self._context, start)
         del words  # the driver has copied the arguments
 
     def prepare(
@@ -183,20 +219,21 @@ class DriverKernel:
         if self._cooperative:
             raise ValueError("a cooperative kernel is launched by calling it; prepare() is for ordinary launches")
         self._allow(shared_bytes)
-        return PreparedLaunch(self._handle.value or 0, grid, block, arguments, shared_bytes)
+        return PreparedLaunch(self._handle.value or 0, grid, block, arguments, shared_bytes, self._context)
 
     def _allow(self, shared_bytes: int) -> None:
-        if shared_bytes > self._shared_bytes:
-            _check(_driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
-            self._shared_bytes = shared_bytes
+        if shared_bytes <= self._shared_bytes:
+            return
+        with self._allowing:  # another thread may have allowed more meanwhile
+            if shared_bytes > self._shared_bytes:
+                attribute = (self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+                _in_context(self._context, functools.partial(_driver().cuFuncSetAttribute, *attribute))
+                self._shared_bytes = shared_bytes
 
 
 def _check(code: int) -> None:
-    if code != 0:
-        _raise(code)
-
-
-def _raise(code: int) -> None:
+    if code == 0:
+        return
     text = ctypes.c_char_p()
     _driver().cuGetErrorString(code, ctypes.byref(text))
     hint = "; no CUDA context is current in this thread" if code == _INVALID_CONTEXT else ""

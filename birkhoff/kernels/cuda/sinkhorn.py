@@ -6,6 +6,7 @@ disk. A lane holds a whole matrix up to n = 8; above, a grid of lanes holds bloc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _kernel(
     backward: bool, n: int, element: int, damped: bool, rows_first: bool, capped: bool, launch: _Launch, device: int
 ) -> compiler.Kernel:
     options = flags(n, element, launch, backward=backward, damped=damped, rows_first=rows_first, capped=capped)
-    return compiler.load(source("sinkhorn.cu"), options).function(
+    return compiler.load(source("sinkhorn.cu"), options, device=device).function(
         "sinkhorn_backward" if backward else "sinkhorn_forward"
     )
 
@@ -171,16 +172,43 @@ def _history_bytes(n: int, launch: _Launch, real_bytes: int) -> int:
     return 32 // launch.lanes * (rows * launch.lane_rows + columns * launch.lane_columns + vector) * real_bytes
 
 
-def _blocks(batch: int, launch: _Launch) -> int:
-    return -(-batch // (launch.threads // launch.lanes))
+def _device_of(array: Any) -> contextlib.AbstractContextManager[Any]:
+    """The device of a CuPy array as the current one; torch allocates and launches where its tensors are."""
+    return contextlib.nullcontext() if hasattr(array, "data_ptr") else array.device
 
 
-def _scalars(
-    num_iters: int, kept: int | None, eps_start: float, eps_den: float, range_cap: float | None, double: bool
-) -> tuple[Any, ...]:
-    real = np.float64 if double else np.float32
-    counts = (np.int32(num_iters),) if kept is None else (np.int32(num_iters), np.int32(kept))
-    return (*counts, real(eps_start), real(eps_den), real(math.inf if range_cap is None else range_cap))
+def _run(
+    inputs: tuple[Any, ...], backward: bool, method: str, num_iters: int, first: str, eps_start: float, eps_den: float,
+    range_cap: float | None,
+) -> Any:  # fmt: skip
+    """Launch the forward on the logits, or the backward on the logits and the gradient."""
+    logits = inputs[0]
+    batch, n = int(logits.shape[0]), int(logits.shape[-1])
+    with _device_of(logits):
+        out = _empty_like(logits)
+        if batch == 0 or n == 0:
+            return out
+        element, device, damped = _ELEMENTS[_dtype_name(logits)], device_index(logits), method == "damped"
+        double = element == _ELEMENTS["float64"]
+        launch = _launch(_BACKWARD if backward else _FORWARD, n, double)
+        kernel = _kernel(backward, n, element, damped, first == "rows", range_cap is not None, launch, device)
+        counts: tuple[int, ...] = (num_iters,)
+        shared = len(inputs) * _tile_bytes(n, launch, logits.dtype.itemsize)
+        if backward:
+            kept = -(-num_iters // -(-num_iters // _KEPT))
+            in_registers = launch.held if not damped and kept > launch.held else 0
+            shared = max(shared, (kept - in_registers) * _history_bytes(n, launch, 8 if double else 4))
+            counts = (num_iters, kept)
+        real = np.float64 if double else np.float32
+        cap = math.inf if range_cap is None else range_cap
+        scalars = (np.int64(batch), *map(np.int32, counts), real(eps_start), real(eps_den), real(cap))
+        kernel(
+            (-(-batch // (launch.threads // launch.lanes)),),
+            (launch.threads,),
+            (*map(_aligned, inputs), out, *scalars),
+            shared_bytes=launch.threads // 32 * shared,
+        )
+    return out
 
 
 def sinkhorn_forward(
@@ -215,25 +243,7 @@ def sinkhorn_forward(
     torch.Tensor or cupy.ndarray
         Kind, shape, dtype and device of the logits.
     """
-    matrix = _empty_like(logits)
-    batch, n = int(logits.shape[0]), int(logits.shape[-1])
-    if batch == 0 or n == 0:
-        return matrix
-    element, device = _ELEMENTS[_dtype_name(logits)], device_index(logits)
-    launch = _launch(_FORWARD, n, element == 3)
-    kernel = _kernel(False, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
-    kernel(
-        (_blocks(batch, launch),),
-        (launch.threads,),
-        (
-            _aligned(logits),
-            matrix,
-            np.int64(batch),
-            *_scalars(num_iters, None, eps_start, eps_den, range_cap, element == 3),
-        ),
-        shared_bytes=launch.threads // 32 * _tile_bytes(n, launch, logits.dtype.itemsize),
-    )
-    return matrix
+    return _run((logits,), False, method, num_iters, first, eps_start, eps_den, range_cap)
 
 
 def sinkhorn_backward(
@@ -259,28 +269,4 @@ def sinkhorn_backward(
     torch.Tensor or cupy.ndarray
         Gradient of the logits. Nothing but the two inputs is read: no iterate is stored in device memory.
     """
-    grad_logits = _empty_like(logits)
-    batch, n = int(logits.shape[0]), int(logits.shape[-1])
-    if batch == 0 or n == 0:
-        return grad_logits
-    element, device = _ELEMENTS[_dtype_name(logits)], device_index(logits)
-    launch = _launch(_BACKWARD, n, element == 3)
-    kernel = _kernel(True, n, element, method == "damped", first == "rows", range_cap is not None, launch, device)
-    segments = -(-num_iters // _KEPT)
-    kept = -(-num_iters // segments)
-    in_registers = launch.held if method != "damped" and kept > launch.held else 0
-    history = (kept - in_registers) * _history_bytes(n, launch, 8 if element == 3 else 4)
-    tiles = 2 * _tile_bytes(n, launch, logits.dtype.itemsize)
-    kernel(
-        (_blocks(batch, launch),),
-        (launch.threads,),
-        (
-            _aligned(logits),
-            _aligned(grad_matrix),
-            grad_logits,
-            np.int64(batch),
-            *_scalars(num_iters, kept, eps_start, eps_den, range_cap, element == 3),
-        ),
-        shared_bytes=launch.threads // 32 * max(history, tiles),
-    )
-    return grad_logits
+    return _run((logits, grad_matrix), True, method, num_iters, first, eps_start, eps_den, range_cap)
