@@ -1,4 +1,6 @@
-"""Write the page of all claims, ``python -m proofs.page PAGE.md``, or of measurements: ``--measured``, ``--report``."""
+"""Write the page of all claims, ``python -m proofs.page PAGE.md``; of all theorems: ``--theorems``; of measurements:
+``--measured``, ``--report``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from proofs import claims
+from proofs import claims, theorems
 from proofs._claim import Claim
 from proofs.properties import PROPERTIES
 from proofs.report import OWN
 
-__all__ = ["main", "render", "render_measured", "render_report"]
+__all__ = ["main", "render", "render_measured", "render_report", "render_theorems"]
 
 _SHOWN = ("python", "machine", "device")
 
@@ -48,16 +50,28 @@ How to read an entry:
 - **Checked by**: `exact` means decided without rounding on each example, `enclosure` by ball arithmetic on each
   example, `sampled` by floating-point measurement on each example. In all three cases the *examples* are samples of the
   domain: a claim that holds has not been refuted, which is no proof. What is proved is the lemma, about real numbers.
-- **Lemma**: the theorem about exact arithmetic that the statement rests on. It does not cover `exp`, a compiler, or
-  that the code computes the model; that gap is what the examples look for.
+- **Lemma**: the theorem about exact arithmetic that the statement rests on, word for word on {doc}`statements`. It does
+  not cover `exp`, a compiler, or that the code computes the model; that gap is what the examples look for.
 - u is the unit roundoff of the dtype that is computed in: 2^-53 for float64, 2^-24 for float32 and half precisions.
-  The *accuracy contract* is 4 n u max(1, logit range / 16).
+  The *accuracy contract* is 4 n u max(1, logit range / 16). Two results of one input may differ by twice the contract:
+  four times that where a finish follows or the distance is Euclidean, and by 4 n 1e-6 more where a limit is computed.
 
 Every claim is tried on code that is wrong in its way and must reject it: `tests/proofs/test_broken_projections.py`,
 `tests/proofs/test_broken_systems.py` and `tests/proofs/test_broken_models.py`. {doc}`how_claims_are_checked` says
 more, and {doc}`peers` shows the same claims on other libraries.
 """.replace("{doc}", "{{doc}}")
 
+
+_THEOREMS = """# The theorems, word for word
+
+This page is written by `python -m proofs.page --theorems` from the sources in `proofs/formal`; do not edit it. It holds
+the {count} lemmas as the prover reads them, in their order, with the definitions that they speak of and without their
+proofs. {doc}`theorems` says in words what the important ones mean, and what they do not cover.
+
+`R` is any ordered field, `n` any size, `'M[R]_n` an n x n matrix over R, `*m` its product, `^T` its transpose. A
+`Variable` or `Hypothesis` is a premise of every lemma after it that uses it, up to the end of its section: no lemma
+rests on an axiom, which `make formal` checks for each.
+""".replace("{doc}", "{{doc}}")
 
 _MEASURED = """# Measured: the claims
 
@@ -110,7 +124,7 @@ def _lemmas(claim: Claim) -> list[str]:
 
 
 def _entry(claim: Claim) -> list[str]:
-    lemmas = ", ".join(f"`{name}`" for name in _lemmas(claim)) or "none"
+    lemmas = ", ".join(map(_lemma_link, _lemmas(claim))) or "none"
     return [
         f"(claim-{claim.name.replace('_', '-')})=",
         f"### {claim.name}",
@@ -147,12 +161,37 @@ def render() -> str:
     lines += _properties()
     lines += ["## Lemma by lemma", "", "| lemma | claims that rest on it |", "|---|---|"]
     for name in sorted(named):
-        lines.append(f"| `{name}` | {_links(c.name for c in claims.CLAIMS if name in _lemmas(c))} |")
+        lines.append(f"| {_lemma_link(name)} | {_links(c.name for c in claims.CLAIMS if name in _lemmas(c))} |")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _links(names: Iterable[str]) -> str:
     return ", ".join(f"[{_plain(name)}](#claim-{name.replace('_', '-')})" for name in names)
+
+
+def _lemma_link(name: str) -> str:
+    return f"[`{name}`](#lemma-{name.replace('_', '-')})"
+
+
+def render_theorems() -> str:
+    """Return the page of the theorems' statements, read from the sources."""
+    found = theorems.lemmas()
+    lines = [_THEOREMS.format(count=len(found))]
+    for file in theorems.FILES:
+        lines += [f"## {file}.v", "", _plain(theorems.introduction(file)), ""]
+        for entry in theorems.entries(file):
+            if entry.name:
+                lines += [f"(lemma-{entry.name.replace('_', '-')})=", f"### {entry.name}", ""]
+            if entry.says:
+                lines += [_plain(entry.says), ""]
+            if not (entry.name or entry.says) and lines[-2:] == ["```", ""]:
+                lines[-2:] = [entry.text, "```", ""]  # one block of definitions
+                continue
+            lines += ["```coq", entry.text, "```", ""]
+            resting = [claim.name for claim in claims.CLAIMS if entry.name and entry.name in _lemmas(claim)]
+            if resting:
+                lines += [f"Claims: {_links(resting)}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _properties() -> list[str]:
@@ -297,12 +336,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--measured", type=Path, nargs="+", metavar="JSON", help="write what these reports hold instead"
     )
+    parser.add_argument("--theorems", action="store_true", help="write the statements of the theorems instead")
     parser.add_argument("--report", type=Path, metavar="JSON", help="write what this one report holds, claim by claim")
     options = parser.parse_args(arguments)
     if options.report:
         text = render_report(options.report)
+    elif options.measured:
+        text = render_measured(options.measured)
     else:
-        text = render_measured(options.measured) if options.measured else render()
+        text = render_theorems() if options.theorems else render()
     options.page.write_text(text, encoding="utf-8")
     return 0
 

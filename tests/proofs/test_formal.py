@@ -8,12 +8,38 @@ from pathlib import Path
 
 import pytest
 
+from proofs import page, theorems
+
 ROOT = Path(__file__).parents[2]
 FORMAL = ROOT / "proofs" / "formal"
 
 
+STATED = r"^(?:Lemma|Theorem|Corollary|Fact|Remark|Proposition)\s+(\w+)"
+
+
 def lemmas() -> set[str]:
-    return {name for path in FORMAL.glob("*.v") for name in re.findall(r"^Lemma (\w+)", path.read_text(), re.MULTILINE)}
+    return {name for path in FORMAL.glob("*.v") for name in re.findall(STATED, path.read_text(), re.MULTILINE)}
+
+
+def test_every_lemma_is_read_with_its_whole_statement() -> None:
+    assert {f"{file}.v" for file in theorems.FILES} == {p.name for p in FORMAL.glob("*.v")} - {"check_axioms.v"}
+    found = theorems.lemmas()
+    assert set(found) == lemmas()
+    sources = " ".join("\n".join(path.read_text() for path in FORMAL.glob("*.v")).split())
+    for name, entry in found.items():
+        flat = " ".join(entry.text.split())
+        assert flat.startswith(f"Lemma {name}") and f"{flat} Proof" in sources and "Proof" not in flat, name
+
+
+def test_the_committed_statements_are_those_of_the_sources() -> None:
+    committed = ROOT / "docs" / "explanation" / "guarantees" / "statements.md"
+    assert committed.read_text(encoding="utf-8") == page.render_theorems(), "run python -m proofs.page --theorems on it"
+
+
+def test_the_page_in_words_says_what_each_file_holds() -> None:
+    words = (ROOT / "docs" / "explanation" / "guarantees" / "theorems.md").read_text()
+    for file in theorems.FILES:
+        assert f"`{file}.v`" in words
 
 
 def test_the_page_names_existing_lemmas() -> None:
