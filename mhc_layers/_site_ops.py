@@ -207,7 +207,7 @@ def read_gradients(
     ``previous (..., n)`` are the coefficients of the read where they are not the site's own; ``copies`` says how many
     equal streams ``x (..., 1, C)`` stands for. Streams and parameters are contiguous.
     """
-    site, alphas = site_options(options), params[2:]
+    convention, alphas = site_options(options), params[2:]
     proj, read = proj.contiguous(), None if previous is None else token_rows(previous)
     dots = dnorm = None
     if gu is not None:
@@ -225,7 +225,7 @@ def read_gradients(
                 proj,
                 params.alpha_pre,
                 params.bias,
-                site,
+                convention,
                 read,
                 copies=copies,
             )
@@ -236,7 +236,7 @@ def read_gradients(
         dots if read is None else None,
         alphas,
         params.bias,
-        site,
+        convention,
         x.shape[-2] * x.shape[-1],
         x.dtype,
         read,
