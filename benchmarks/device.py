@@ -62,11 +62,17 @@ def free() -> None:
 
 def _median_us(run: Callable[[int], None], repeats: int) -> float:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for index, (start, stop) in enumerate(events):
-        start.record()
-        run(index)
-        stop.record()
-    torch.cuda.synchronize()
+    collecting = gc.isenabled()
+    gc.disable()  # as timeit does: a collection belongs to no call
+    try:
+        for index, (start, stop) in enumerate(events):
+            start.record()
+            run(index)
+            stop.record()
+        torch.cuda.synchronize()
+    finally:
+        if collecting:
+            gc.enable()
     return statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3
 
 

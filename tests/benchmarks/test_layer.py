@@ -78,9 +78,10 @@ def test_every_implementation_has_its_turn() -> None:
 
 def test_bars_come_first_then_every_peer_once_then_the_rest() -> None:
     large, small = (16, 32), (8, 32)
-    order = layer._order([large, small], ["Liger", "TileKernels", "eager, fp32"])
+    order = layer._order([large, small], ["Liger", "TileKernels", "eager, fp32", "ours, fused"])
     assert order == [
-        *((large, "TileKernels"), (small, "TileKernels"), (large, "Liger"), (large, "eager, fp32")),
+        *((large, "ours, fused"), (small, "ours, fused"), (large, "TileKernels"), (small, "TileKernels")),
+        *((large, "Liger"), (large, "eager, fp32")),
         *((large, None), (small, None), (small, "Liger"), (small, "eager, fp32")),
     ]
 
