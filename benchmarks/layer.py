@@ -48,7 +48,7 @@ PACKAGES = (
     "transformers",
 )
 
-#: measured at every shape before anything else: what most bars are about; ours before a peer's import changes the process
+#: measured at every shape before anything else, for most bars are about them; ours before a peer is imported
 FIRST = ("ours, fused", "TileKernels")
 #: the others in order of importance: all of them at the first shape, then, after the kernels alone, at the other shapes
 THEN = (
