@@ -26,17 +26,14 @@ def compute_dtype(xp: Any, array: Any) -> Any:
 
 def accumulate_dtype(xp: Any, array: Any) -> Any:
     """Float64 where the array's device has it, else the compute dtype."""
-    available = _device_dtypes(xp, array)
-    return xp.float64 if "float64" in available else compute_dtype(xp, array)
+    return xp.float64 if _has_float64(xp, array) else compute_dtype(xp, array)
 
 
-def _device_dtypes(xp: Any, array: Any) -> Any:
-    """Names of the real floating dtypes on the array's device."""
-    if _xp.device_kind(array) == "mps":
-        return ("float32",)
+def _has_float64(xp: Any, array: Any) -> bool:
+    """Whether the array's device has float64."""
     if _xp.library_name(xp) in ("numpy", "torch", "cupy"):
-        return ("float32", "float64")
-    return xp.__array_namespace_info__().dtypes(device=_xp.device(array), kind="real floating")
+        return _xp.device_kind(array) != "mps"
+    return "float64" in xp.__array_namespace_info__().dtypes(device=_xp.device(array), kind="real floating")
 
 
 def reduce_sum(xp: Any, array: Any, axis: int, accumulate: Any) -> Any:
@@ -46,8 +43,8 @@ def reduce_sum(xp: Any, array: Any, axis: int, accumulate: Any) -> Any:
     return _xp.astype(xp, xp.sum(array, axis=axis, keepdims=True, dtype=accumulate), array.dtype)
 
 
-def lower_bound(xp: Any, array: Any, low: float) -> Any:
-    """``max(array, low)`` that lets NaN through."""
+def lower_bound(xp: Any, array: Any, low: Any) -> Any:
+    """``max(array, low)`` that lets NaN through; where both are equal, derivatives are those of the array."""
     return xp.where(array < low, low, array)
 
 

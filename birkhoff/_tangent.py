@@ -21,7 +21,7 @@ from birkhoff._layout import Frame
 
 __all__ = ["kl_derivative", "lines_first", "per_free_line", "solve_flows", "solve_laplacian", "weights"]
 
-_TINY = 1e-37  # below every weight that matters; keeps 0 / 0 of a disconnected graph at 0
+_TINY = 1e-37  # below every weight that matters; joins what underflow has cut, and keeps 0 / 0 at 0
 
 
 def lines_first(stack: Any, first: str, frame: Frame) -> Any:
@@ -41,13 +41,11 @@ def per_free_line(vector: Any, first: str, frame: Frame) -> Any:
     return vector[None, :, :] if first == "columns" else vector[:, None, :]
 
 
-def weights(matrix: Any, line_sums: Any, xp: Any) -> Any:
-    """The weights W of a matrix in lines-first form, ``(n, n, B)``; its diagonal is meaningless."""
-    total = None
-    for line in range(matrix.shape[0]):
-        row = matrix[line, ...]
-        term = (row / line_sums[line, ...])[:, None, :] * row[None, :, :]
-        total = term if total is None else total + term
+def weights(matrix: Any, xp: Any) -> Any:
+    """The weights W of a matrix of sums one, in lines-first form, ``(n, n, B)``; its diagonal is meaningless."""
+    total = xp.zeros_like(matrix)
+    for row in xp.unstack(matrix):
+        total = total + row[:, None, :] * row[None, :, :]
     return total
 
 
@@ -58,11 +56,12 @@ def solve_laplacian(weight: Any, right: Any, xp: Any, *, noise: Any = None) -> A
     as zero: a weak link would turn their rounding into a huge difference.
     """
     eliminated = []
-    for _ in range(weight.shape[0] - 1):
+    weight = _math.lower_bound(xp, weight, _TINY)
+    for _ in range(right.shape[0] - 1):
         row, value = weight[0, 1:, ...], right[0, ...]
         if noise is not None:
             value = xp.where(xp.abs(value) <= noise, xp.zeros_like(value), value)
-        degree = _math.lower_bound(xp, xp.sum(row, axis=0), _TINY)
+        degree = xp.sum(row, axis=0)
         share = row / degree
         eliminated.append((share, value / degree))
         right = right[1:, ...] + share * value
@@ -111,13 +110,13 @@ def kl_derivative(matrix: Any, direction: Any, frame: Frame) -> Any:
     xp = frame.xp
     values, change = (lines_first(stack, "columns", frame) for stack in (matrix, direction))
     sums = _math.lower_bound(xp, xp.sum(values, axis=1), _TINY)
-    flow = None
-    for line in range(values.shape[0]):
+    weight = flow = xp.zeros_like(values)
+    for line in range(sums.shape[0]):
         row, move = values[line, ...], change[line, ...]
         both = (row / sums[line, ...])[:, None, :] * row[None, :, :]
-        term = both * (move[:, None, :] - move[None, :, :])
-        flow = term if flow is None else flow + term
-    mu = solve_flows(weights(values, sums, xp), flow, xp)
+        weight = weight + both
+        flow = flow + both * (move[:, None, :] - move[None, :, :])
+    mu = solve_flows(weight, flow, xp)
     moved = direction - per_free_line(mu, "columns", frame)
     mean = xp.sum(matrix * moved, axis=frame.j, keepdims=True)
     row_sums = _math.lower_bound(xp, xp.sum(matrix, axis=frame.j, keepdims=True), _TINY)

@@ -26,10 +26,8 @@ from birkhoff.solvers.range_cap import cap
 
 __all__ = ["Newton"]
 
-_WEIGHT_FLOOR = 1e-30  # joins the parts of a graph that underflow has cut
 _HALVINGS = 12
-_SURE_STEP = 0.4  # a Newton step that moves potentials by less than this lowers the dual for certain
-_SUFFICIENT = 1e-4
+_SURE_STEP = 0.2  # a Newton step that moves no potential by more than this lowers the dual for certain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +93,13 @@ class Newton:
         logits = cap(logits, self.range_cap, first, frame)
         centred = logits - _math.maximum_along(xp, logits, first)
         finite = xp.where(centred > -xp.inf, centred, xp.zeros_like(centred))
-        reach = 2.0 - xp.min(finite, axis=(frame.i, frame.j), keepdims=True)
+        reach = n - xp.min(finite, axis=(frame.i, frame.j), keepdims=True)
         log_matrix = self._sinkhorn(self._sinkhorn(centred, frame), frame)
         return (self._closed_form(logits, log_matrix, frame) if n == 2 else log_matrix), reach
 
     def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
         """One Newton step with its line search, and one Sinkhorn iteration."""
         log_matrix, reach = state
-        if log_matrix.shape[frame.i] == 1:
-            return state
         step = self._direction(log_matrix, reach, frame)
         return self._sinkhorn(self._move(log_matrix, step, frame), frame), reach
 
@@ -126,15 +122,14 @@ class Newton:
         return log_matrix
 
     def _direction(self, log_matrix: Any, reach: Any, frame: Frame) -> Any:
-        """The Newton step as a change of logits, no longer than ``reach``."""
+        """The Newton step as a change of logits, none of them by more than ``reach``."""
         xp = frame.xp
         matrix = _tangent.lines_first(_math.exp_in_sum(xp, log_matrix, frame.branch), self.first, frame)
         gap, noise = self._gap(matrix, xp)
-        weight = _math.lower_bound(xp, _tangent.weights(matrix, xp.ones_like(matrix[:, 0, :]), xp), _WEIGHT_FLOOR)
-        step = _tangent.solve_laplacian(weight, gap, xp, noise=noise)
+        step = _tangent.solve_laplacian(_tangent.weights(matrix, xp), gap, xp, noise=noise)
         step = _tangent.per_free_line(step, self.first, frame)
         step = step - 0.5 * (_peak(step, frame) - _peak(-step, frame))
-        return step / _math.lower_bound(xp, 2.0 * _peak(step, frame) / reach, 1.0)
+        return step / _math.lower_bound(xp, _peak(step, frame) / reach, 1.0)
 
     def _gap(self, matrix: Any, xp: Any) -> tuple[Any, Any]:
         """What each free line lacks to one, and the size of its rounding, ``(n, B)`` and ``(B,)``.
@@ -146,20 +141,18 @@ class Newton:
         wide = _xp.astype(xp, matrix, widest)
         wide = wide / _math.lower_bound(xp, xp.sum(wide, axis=1, keepdims=True), 0.5)
         gap = 1.0 - xp.sum(wide, axis=0)
-        gap = _xp.astype(xp, gap - xp.mean(gap, axis=0, keepdims=True), matrix.dtype)
+        gap = _xp.astype(xp, gap - xp.mean(gap, axis=0), matrix.dtype)
         largest = xp.max(xp.abs(gap), axis=0)
         noise = unit_roundoff(widest) + unit_roundoff(matrix.dtype) * largest
-        return gap, matrix.shape[0] ** 0.5 * noise
+        return gap, gap.shape[0] * noise
 
     def _move(self, log_matrix: Any, step: Any, frame: Frame) -> Any:
-        """Halve the step until the dual falls enough, take it, and normalise the exact side."""
+        """Halve the step until the dual falls, take it, and normalise the exact side."""
         xp = frame.xp
-        first, last = frame.order(self.first)
+        _, last = frame.order(self.first)
         n = log_matrix.shape[frame.i]
-        gap = 1.0 - frame.sum(_math.exp_in_sum(xp, log_matrix, frame.branch), first)
-        slope = xp.sum(gap * step, axis=(frame.i, frame.j), keepdims=True)
-        length = xp.ones_like(slope)
-        slack = 2.0 * n**0.5 * unit_roundoff(log_matrix.dtype)
+        length = xp.ones_like(_peak(step, frame))
+        rounding = n * n * unit_roundoff(log_matrix.dtype)  # of the dual's terms, relative to the potentials
         for _ in range(_HALVINGS):
             moved = length * step
             span = _peak(moved, frame)
@@ -171,33 +164,27 @@ class Newton:
             dual = xp.sum(lines, axis=(frame.i, frame.j), keepdims=True) - xp.sum(
                 moved, axis=(frame.i, frame.j), keepdims=True
             )
-            falls = dual <= slack * (1.0 + span) - _SUFFICIENT * length * slope
-            accepted = xp.logical_or(falls, 2.0 * span <= _SURE_STEP)
+            accepted = xp.logical_or(dual <= rounding * span, span <= _SURE_STEP)
             if frame.branch and bool(xp.all(accepted)):
                 break
             length = xp.where(accepted, length, 0.5 * length)
         return _math.log_divide(xp, log_matrix + length * step, last, frame.accumulate, branch=frame.branch)
 
     def _closed_form(self, logits: Any, otherwise: Any, frame: Frame) -> Any:
-        r""":math:`\log \sigma(\pm\theta/2)` on and off the diagonal; ``otherwise`` where theta is undefined."""
+        r""":math:`\log \sigma(\pm\theta/2)` on and off the diagonal; ``otherwise`` where it or theta is undefined."""
         xp = frame.xp
         take = (lambda i, j: logits[:, i, j]) if frame.batch == 0 else (lambda i, j: logits[i, j, :])
         half = 0.5 * ((take(0, 0) - take(0, 1)) + (take(1, 1) - take(1, 0)))
         same, other = -_softplus(xp, -half), -_softplus(xp, half)
         closed = xp.stack([xp.stack([same, other]), xp.stack([other, same])])
         closed = closed if frame.batch == 2 else xp.permute_dims(closed, (2, 0, 1))
-        defined = xp.logical_and(frame.per_matrix(half == half), _all_numbers(otherwise, frame))
+        defined = xp.logical_and(frame.per_matrix(half == half), otherwise == otherwise)
         return xp.where(defined, closed, otherwise)
 
 
 def _softplus(xp: Any, values: Any) -> Any:
     """``log(1 + exp(x))`` without overflow."""
     return _math.lower_bound(xp, values, 0.0) + xp.log1p(xp.exp(-xp.abs(values)))
-
-
-def _all_numbers(stack: Any, frame: Frame) -> Any:
-    """False for a matrix with a NaN, which a NaN or +inf among its logits has become."""
-    return frame.xp.all(stack == stack, axis=(frame.i, frame.j), keepdims=True)
 
 
 def _peak(step: Any, frame: Frame) -> Any:

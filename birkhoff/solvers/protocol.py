@@ -8,7 +8,7 @@ import importlib
 import math
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from birkhoff._checks import as_count, as_real
 from birkhoff._layout import Frame
@@ -104,7 +104,6 @@ def _write(solver: Any) -> str:
 def from_text(text: str) -> Any:
     """The solver that :func:`to_text` wrote down."""
     module, _, call = text.partition(":")
-    parsed = ast.parse(call, mode="eval").body
-    assert isinstance(parsed, ast.Call) and isinstance(parsed.func, ast.Name)
-    kind = getattr(importlib.import_module(module), parsed.func.id)
+    parsed = cast(ast.Call, ast.parse(call, mode="eval").body)
+    kind = getattr(importlib.import_module(module), ast.unparse(parsed.func))
     return kind(**{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in parsed.keywords})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from birkhoff import _math
 from birkhoff._layout import Frame
 
 __all__ = ["cap", "pull_cap", "push_cap"]
@@ -17,8 +18,7 @@ def cap(logits: Any, range_cap: float | None, axis: int, frame: Frame) -> Any:
     """``max(X, max_axis(X) - range_cap)``; the logits themselves without a cap."""
     if range_cap is None:
         return logits
-    floor = frame.xp.max(logits, axis=axis, keepdims=True) - range_cap
-    return frame.xp.where(logits < floor, floor, logits)
+    return _math.lower_bound(frame.xp, logits, frame.xp.max(logits, axis=axis, keepdims=True) - range_cap)
 
 
 def _masks(logits: Any, range_cap: float, axis: int, frame: Frame) -> tuple[Any, Any]:

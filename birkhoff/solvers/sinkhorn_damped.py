@@ -117,11 +117,13 @@ class SinkhornDamped:
         """The product rule on :meth:`pull_start`, whose softmax moves with the logits."""
         first, _ = frame.order(self.first)
         total = frame.xp.sum
-        soft, share = self._softmax(logits, frame), self._share(self._softmax(logits, frame), frame)
+        soft = self._softmax(logits, frame)
+        share = self._share(soft, frame)
         moved = push_cap(logits, tangent, self.range_cap, first, frame)
-        soft_moved = soft * (moved - total(soft * moved, axis=first, keepdims=True))
+        log_moved = moved - total(soft * moved, axis=first, keepdims=True)
+        soft_moved = soft * log_moved
         grad = grad_log * share
-        grad_moved = grad_tangent * share + grad_log * (1.0 - share) * share * self._log_rate(soft, soft_moved, frame)
+        grad_moved = grad_tangent * share + grad_log * (1.0 - share) * share * log_moved
         grad_moved = (
             grad_moved
             - soft_moved * total(grad, axis=first, keepdims=True)
@@ -151,8 +153,3 @@ class SinkhornDamped:
         if self.eps_start == 0.0:
             return frame.xp.ones_like(soft)
         return soft / (soft + self.eps_start)
-
-    def _log_rate(self, soft: Any, soft_moved: Any, frame: Frame) -> Any:
-        """Tangent of log(softmax), zero where the softmax is."""
-        xp = frame.xp
-        return xp.where(soft > 0.0, soft_moved / xp.where(soft > 0.0, soft, xp.ones_like(soft)), xp.zeros_like(soft))

@@ -81,12 +81,12 @@ class SinkhornKnopp:
         return (*table, (None, log, dtype_name))
 
     def init(self, logits: Any, frame: Frame) -> tuple[Any, ...]:
-        """The kernel K, and both scalings one."""
+        """The kernel K, a placeholder for v, and w = 1."""
         first, last = frame.order(self.first)
         logits = cap(logits, self.range_cap, first, frame)
         peak = frame.xp.max(logits, axis=first, keepdims=True)
         kernel = frame.xp.exp(logits - peak)
-        return kernel, frame.xp.ones_like(peak), frame.xp.ones_like(frame.sum(kernel, last))
+        return kernel, peak, frame.xp.ones_like(frame.sum(kernel, last))
 
     def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
         """Both scalings anew."""
@@ -103,11 +103,9 @@ class SinkhornKnopp:
 
     def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
         """Every half step as a matrix."""
-        first, last = frame.order(self.first)
-        logits = cap(logits, self.range_cap, first, frame)
-        matrix = frame.xp.exp(logits - frame.xp.max(logits, axis=first, keepdims=True))
+        matrix, _, _ = self.init(logits, frame)
         for _ in range(self.num_iters):
-            for axis in (first, last):
+            for axis in frame.order(self.first):
                 matrix = matrix / frame.sum(matrix, axis)
                 yield matrix, axis, 1.0
 
@@ -116,17 +114,13 @@ class SinkhornKnopp:
         return pull_cap(logits, grad_log, self.range_cap, frame.order(self.first)[0], frame)
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Rescaled(SinkhornKnopp):
     """The same with w rescaled to a largest entry of one: safe for twice the range, at a seventh more time."""
 
     def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
         """Both scalings anew."""
-        kernel, _, w = state
-        first, last = frame.order(self.first)
-        v = 1.0 / frame.weighted_sum(kernel, w, first)
-        sums = frame.weighted_sum(kernel, v, last)
-        return kernel, v, frame.xp.min(sums, axis=first, keepdims=True) / sums
+        kernel, v, w = super().step(state, frame)
+        return kernel, v, w / frame.xp.max(w, axis=frame.order(self.first)[0], keepdims=True)
 
     def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
         """In the log domain: here every iterate is written out, and its small entries would underflow."""
