@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.report import provenance
 
-__all__ = ["Memory", "Times", "copy_rate", "free", "machine", "measure_memory", "time_calls"]
+__all__ = ["Memory", "Times", "copy_rate", "free", "machine", "measure_memory", "time_calls", "time_in_turn"]
 
 _SLOW_MS = 20.0
 """A call that takes longer is repeated three times at least, a shorter one five times."""
@@ -60,51 +60,69 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def _median_us(run: Callable[[int], None], repeats: int) -> float:
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    collecting = gc.isenabled()
-    gc.disable()  # as timeit does: a collection belongs to no call
-    try:
-        for index, (start, stop) in enumerate(events):
+def _medians_us(runs: Sequence[Callable[[int], None]], repeats: int) -> list[float]:
+    """Median microseconds of each function, called in turn."""
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)] for _ in runs]
+    for index in range(repeats):
+        for run, pairs in zip(runs, events, strict=True):
+            start, stop = pairs[index]
             start.record()
             run(index)
             stop.record()
-        torch.cuda.synchronize()
-    finally:
-        if collecting:
-            gc.enable()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3
+    torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(stop) for start, stop in pairs) * 1e3 for pairs in events]
 
 
-def _repeats(run: Callable[[int], None], budget_ms: float) -> int:
-    run(0)
-    once = max(_median_us(run, 1) / 1e3, 1e-3)
-    return int(min(60, max(5 if once < _SLOW_MS else 3, budget_ms / once)))
+def _timed(runs: Sequence[Callable[[int], None]], budget_ms: float) -> list[float]:
+    """Medians over as many calls as the milliseconds for each function allow."""
+    for run in runs:
+        run(0)
+    once = max(max(_medians_us(runs, 1)) / 1e3, 1e-3)
+    return _medians_us(runs, int(min(60, max(5 if once < _SLOW_MS else 3, budget_ms / once))))
 
 
-def time_calls(
-    calls: Sequence[Callable[[], Any]], *, graph: bool = True, budget_ms: float = 60.0, one_thread: bool = False
-) -> Times:
-    """Time functions that do the same work on different inputs, in turn.
+def time_calls(calls: Sequence[Callable[[], Any]], **options: Any) -> Times:
+    """Time functions that do the same work on different inputs, in turn; options as of :func:`time_in_turn`."""
+    return time_in_turn([calls], **options)[0]
+
+
+def time_in_turn(
+    groups: Sequence[Sequence[Callable[[], Any]]],
+    *,
+    graph: bool = True,
+    budget_ms: float = 60.0,
+    one_thread: bool = False,
+) -> list[Times]:
+    """Time groups of functions, each of which does the same work on different inputs; a call of each group in turn.
 
     ``called`` is the median over single calls between two events on an idle stream, which includes gaps between
-    launches when the host is slower than the device. ``graph`` captures all calls once and divides the replay's median.
-    ``one_thread`` also times calls while autograd runs backwards in the calling thread, not in its own.
+    launches when the host is slower than the device. ``graph`` captures all calls of a group once and divides the
+    replay's median. ``one_thread`` also times calls while autograd runs backwards in the calling thread, not in its
+    own.
     """
-    for call in calls:
-        call()
+    for calls in groups:
+        for call in calls:
+            call()
     torch.cuda.synchronize()
-
-    def as_called(index: int) -> None:
-        calls[index % len(calls)]()
-
-    called = _median_us(as_called, _repeats(as_called, budget_ms))
-    in_one_thread: float | None = None
+    as_called = [lambda index, calls=calls: calls[index % len(calls)]() for calls in groups]
+    called = _timed(as_called, budget_ms)
+    in_one_thread: list[float | None] = [None] * len(groups)
     if one_thread:
         with torch.autograd.set_multithreading_enabled(False):
-            in_one_thread = _median_us(as_called, _repeats(as_called, budget_ms))
-    if not graph:
-        return Times(called, None, "not asked for", in_one_thread)
+            in_one_thread = [*_timed(as_called, budget_ms)]
+    graphs = [_capture(calls) if graph else "not asked for" for calls in groups]
+    captured = [each for each in graphs if not isinstance(each, str)]
+    replayed = iter(
+        _timed([lambda index, each=each: each.replay() for each in captured], budget_ms) if captured else []
+    )
+    return [
+        Times(us, None, each, alone) if isinstance(each, str) else Times(us, next(replayed) / len(calls), None, alone)
+        for calls, us, each, alone in zip(groups, called, graphs, in_one_thread, strict=True)
+    ]
+
+
+def _capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph | str:
+    """A graph of all calls, or why there is none."""
     stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     try:
         stream.wait_stream(torch.cuda.current_stream())
@@ -118,12 +136,8 @@ def time_calls(
                 call()
     except Exception as error:
         _recover_from_failed_capture()
-        return Times(called, None, _first_cause(error), in_one_thread)
-
-    def replay(index: int) -> None:
-        captured.replay()
-
-    return Times(called, _median_us(replay, _repeats(replay, budget_ms)) / len(calls), None, in_one_thread)
+        return _first_cause(error)
+    return captured
 
 
 def _first_cause(error: BaseException) -> str:

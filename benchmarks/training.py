@@ -2,8 +2,8 @@
 
 ``python -m benchmarks training --dims 4096 2048`` builds the same body for every connection (same sublayers under
 ``torch.compile``; the residual's addition and norm too), checks that the implementations of mHC agree in the loss and
-in the gradients, then times a step as called and in a CUDA graph. The optimizer is left out: it costs the same for all,
-and would hide the difference.
+in the gradients, then times a step as called and in a CUDA graph, in turn with the residual's, so that both find the
+card in the same state. The optimizer is left out: it costs the same for all, and would hide the difference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import copy_rate, free, machine, time_calls
+from benchmarks.device import copy_rate, free, machine, time_in_turn
 from benchmarks.layer import PACKAGES
 from benchmarks.layer_measure import floors
 from benchmarks.report import (
@@ -44,7 +44,7 @@ from mhc_layers.parallel.recompute import apply_recompute, block_boundaries, blo
 __all__ = ["VARIANTS", "Variant", "build", "main", "step"]
 
 DEVICE = "cuda"
-REFERENCE, FUSED = "mHC, plain torch", "mHC, fused"
+BASELINE, REFERENCE, FUSED = "residual", "mHC, plain torch", "mHC, fused"
 
 
 class CompiledSite:
@@ -69,7 +69,7 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("residual", "residual", lambda: CompiledSite(ResidualSite())),
+    Variant(BASELINE, "residual", lambda: CompiledSite(ResidualSite())),
     Variant(REFERENCE, "mhc", lambda: "functional"),
     Variant(FUSED, "mhc", lambda: "fused"),
     Variant("mHC, fused, recompute", "mhc", lambda: "fused", recompute=True),
@@ -79,7 +79,7 @@ VARIANTS = (
 
 
 #: what compiles code that no other variant needs, or needs it first
-COMPILE_FIRST = ("residual", FUSED, "mHC, plain torch, compiled")
+COMPILE_FIRST = (BASELINE, FUSED, "mHC, plain torch, compiled")
 
 
 class SeparateSteps:
@@ -187,7 +187,10 @@ def _memory(model: Transformer, tokens: Tensor, targets: Tensor) -> dict[str, in
 def measure(
     variant: Variant, dim: int, num_layers: int, batch: int, sequence: int, graph: bool, expected: Any
 ) -> dict[str, Any]:
-    """Check one variant against the plain one, then time a step and read its memory."""
+    """Check one variant against the plain one, then time a step in turn with the baseline's, and read its memory.
+
+    ``expected`` carries the plain variant's results and the baseline's step from row to row.
+    """
     row: dict[str, Any] = {"name": variant.name}
     model = build(variant, dim, num_layers, sequence)
     row["implementation"] = type(model.sites[0].implementation).__name__
@@ -211,8 +214,15 @@ def measure(
     if variant.recompute:
         row["recompute_block"] = block_size(len(model.sites), num_streams=4)
         row["formula_saves_bytes"] = saved_by_recompute(batch * sequence, len(model.sites), dim)
-    times = time_calls([lambda: step(model, tokens, targets)], graph=graph, budget_ms=900.0, one_thread=True)
-    return row | times.row()
+    groups = [[lambda: step(model, tokens, targets)]]
+    if variant.name == BASELINE:
+        expected["baseline"] = groups[0]
+    elif "baseline" in expected:
+        groups.append(expected["baseline"])
+    budget = 900.0 if variant.name in (BASELINE, FUSED) else 400.0
+    times, *baseline = time_in_turn(groups, graph=graph, budget_ms=budget, one_thread=True)
+    row |= times.row()
+    return row | {"baseline": baseline[0].row()} if baseline else row
 
 
 def compile_only(dim: int, num_layers: int, batch: int, sequence: int, names: list[str]) -> None:

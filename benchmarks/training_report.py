@@ -18,7 +18,11 @@ HOW = {"called_us": "as called", "one_thread_us": "as called in one thread", "gr
 
 
 def overhead(row: dict[str, Any], base: dict[str, Any] | None, key: str) -> float | None:
-    """Percent that a step takes longer than the residual's, both as called or both in a graph."""
+    """Percent that a step takes longer than the residual's, both timed in the same way.
+
+    The residual is the one that was timed in turn with the row, or else ``base``, its own row.
+    """
+    base = row.get("baseline", base)
     if base is None or row.get(key) is None or base.get(key) is None:
         return None
     return 100 * (row[key] / base[key] - 1)
@@ -98,6 +102,9 @@ def markdown(report: dict[str, Any]) -> str:
     """Render a report; overhead is over the residual baseline of the same run."""
     about = report["machine"]
     tokens = report["batch"] * report["sequence"]
+    in_turn = (
+        "in turn with the row's and " if any("baseline" in row for w in report["widths"] for row in w["rows"]) else ""
+    )
     lines = [
         "# Forward and backward of a dense Transformer, n = 4, bfloat16",
         "",
@@ -108,8 +115,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['layers']} layers, {report['batch']} x {report['sequence']} = {tokens} tokens, SwiGLU of 8/3 C, "
         "heads of 128, sublayers under torch.compile in every row, the residual's addition and norm as well, no "
         "optimizer step. Kept is alive between forward and backward; peak is the highest above weights, gradients "
-        "included. Overhead is over the residual's step, timed the same way; *in one thread* runs the backward in the "
-        "calling thread (`torch.autograd.set_multithreading_enabled(False)`), not in autograd's own.",
+        f"included. Overhead is over the residual's step, timed {in_turn}the same way; *in one thread* runs the "
+        "backward in the calling thread (`torch.autograd.set_multithreading_enabled(False)`), not in autograd's own.",
     ]
     for width in report["widths"]:
         lines += _width(width, tokens)

@@ -18,9 +18,11 @@ MACHINE = {"date": "d", "device": "gpu", "cuda": "13", "python": "3", "versions"
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every variant on the CPU in plain torch, once, with invented times and memory."""
 
-    def time_calls(calls: list, *, graph: bool, budget_ms: float, one_thread: bool) -> device.Times:
-        calls[0]()
-        return device.Times(2000.0, 1000.0 if graph else None, None if graph else "not asked for")
+    def time_in_turn(groups: list, *, graph: bool, budget_ms: float, one_thread: bool) -> list[device.Times]:
+        for calls in groups:
+            calls[0]()
+        times = device.Times(2000.0, 1000.0 if graph else None, None if graph else "not asked for")
+        return [times] * len(groups)
 
     fused = [
         dataclasses.replace(variant, implementation=lambda: fused_site(PAPER)) if "fused" in variant.name else variant
@@ -28,7 +30,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(training, "VARIANTS", fused)
     monkeypatch.setattr(training, "DEVICE", "cpu")
-    monkeypatch.setattr(training, "time_calls", time_calls)
+    monkeypatch.setattr(training, "time_in_turn", time_in_turn)
     monkeypatch.setattr(training, "copy_rate", lambda: 3e12)
     monkeypatch.setattr(training, "_memory", lambda *_: {"peak_bytes": 2 * 10**9, "kept_bytes": 10**9})
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -46,6 +48,7 @@ def test_every_variant_is_checked_against_plain_torch_and_saved() -> None:
     assert not [row for row in rows.values() if "skipped" in row]
     assert rows[training.REFERENCE]["agreement"]["phi"] == 0.0 < rows[training.FUSED]["agreement"]["phi"] < 0.1
     assert rows["mHC, fused, recompute"]["recompute_block"] == 2
+    assert "baseline" not in rows["residual"] and rows[training.FUSED]["baseline"]["called_us"] == 2000.0
     training.run([128], 2, 1, 16, names, True, Deadline(-1.0), report, lambda: None)
     assert all("not reached" in row["skipped"] for row in report["widths"][1]["rows"])
 
@@ -78,6 +81,11 @@ def test_what_recomputation_saves_is_streams_and_inputs_of_sublayers() -> None:
 def row(name: str, called: float, graph: float | None, **other: object) -> dict:
     found = {"name": name, "called_us": called, "graph_us": graph, "graph_refused": None if graph else "E: no"}
     return found | {"kept_bytes": 10**9, "peak_bytes": 2 * 10**9} | other
+
+
+def test_overhead_is_over_the_baseline_that_was_timed_in_turn_with_a_row() -> None:
+    fused = row("mHC, fused", 12_500.0, 9_800.0, baseline=row("residual", 12_000.0, 9_500.0))
+    assert training_report.overhead(fused, row("residual", 10_000.0, 9_000.0), "called_us") == 100 * (12.5 / 12 - 1)
 
 
 def test_the_report_takes_overhead_from_the_residual_of_the_same_run(tmp_path: Path) -> None:
