@@ -105,13 +105,21 @@ def judge(report: dict[str, Any]) -> list[Verdict]:
         verdicts.append(Verdict("fwd+bwd without CUDA C++, of 29 E, C = 4096", value, 1.8, 1.6))
     for c in _SMALL:
         if (4096, c) in shapes:
-            graph = look.timed(4096, c, FUSED, "both", "graph_us")
-            for key, how in (("called_us", "as called"), ("one_thread_us", "as called in one thread")):
-                value = _quotient(look.timed(4096, c, FUSED, "both", key), graph)
-                verdicts.append(Verdict(f"{how}, of its graph, M = 4096, C = {c}", value, 1.5, 1.2))
-            value = _quotient(graph, look.floor(4096, c, "both"))
+            verdicts += _as_called(look, c)
+            value = look.ratio(4096, c, FUSED, "both", "both", "graph_us")
             verdicts.append(Verdict(f"in a graph, of 29 E, M = 4096, C = {c}", value, 2.0))
     verdicts += _memory_and_errors(look, sorted(shapes))
+    return verdicts
+
+
+def _as_called(look: Lookup, c: int) -> list[Verdict]:
+    """What a call costs over its graph with few tokens: one site and a site of a chain, with and without a thread."""
+    verdicts = []
+    for what, path in (("as called", ("both",)), ("as called in a chain", ("chain", "fused", "both"))):
+        graph = look.timed(4096, c, FUSED, *path, "graph_us")
+        for key, how in (("called_us", ""), ("one_thread_us", ", one thread")):
+            value = _quotient(look.timed(4096, c, FUSED, *path, key), graph)
+            verdicts.append(Verdict(f"{what}{how}, of its graph, M = 4096, C = {c}", value, 1.5, 1.2))
     return verdicts
 
 
