@@ -19,14 +19,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-__all__ = ["normed_projection", "read", "without_autocast", "write"]
+__all__ = ["autocast_is_on", "normed_projection", "read", "without_autocast", "write"]
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast is off on this device; free where it is off already."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for this device; never on the meta device, which torch has no answer for."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def traces_plainly() -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+from birkhoff._checks import as_count
 from mhc_layers.conventions import PAPER, Convention, get_convention
 from mhc_layers.initialization import INITS
 from mhc_layers.residual_maps import res_map_names
@@ -97,8 +99,14 @@ class TransformerConfig:
 
         put("convention", get_convention(self.convention))
         for field in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len", "num_streams"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+            put(field, as_count(getattr(self, field), field, least=1))
+        for field in ("num_experts", "experts_per_token", "recompute_layers"):
+            put(field, as_count(getattr(self, field), field, least=0))
+        for field in ("norm_eps", "init_std", "balance_weight"):
+            if not 0.0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative.")
+        if not 0.0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be positive.")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(
                 f"dim={self.dim} must be num_heads={self.num_heads} times an even head size: "
@@ -106,12 +114,12 @@ class TransformerConfig:
             )
         if self.num_kv_heads is None:
             put("num_kv_heads", self.num_heads)
-        elif self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        elif self.num_heads % as_count(self.num_kv_heads, "num_kv_heads", least=1):
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}.")
         if self.hidden_dim is None:
             put("hidden_dim", 32 * -(-8 * self.dim // 96))
-        elif self.hidden_dim < 1:
-            raise ValueError(f"hidden_dim is {self.hidden_dim}; it must be at least 1.")
+        else:
+            put("hidden_dim", as_count(self.hidden_dim, "hidden_dim", least=1))
         if self.connection not in CONNECTION_KINDS:
             raise ValueError(f"Unknown connection {self.connection!r}; accepted: {', '.join(CONNECTION_KINDS)}.")
         if self.connection == "residual":
@@ -126,12 +134,10 @@ class TransformerConfig:
             raise ValueError(f"Unknown res_map {self.res_map!r}; accepted: {', '.join(res_map_names())}.")
         if self.init not in INITS:
             raise ValueError(f"Unknown init {self.init!r}; presets: {', '.join(INITS)}.")
-        if self.num_experts < 0 or (self.num_experts and not 1 <= self.experts_per_token <= self.num_experts):
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} must lie between 1 and num_experts={self.num_experts}."
             )
-        if self.recompute_layers < 0:
-            raise ValueError(f"recompute_layers is {self.recompute_layers}; 0 turns recomputation off.")
 
     @property
     def head_dim(self) -> int:

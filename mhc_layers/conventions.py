@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from birkhoff._checks import as_count
+
 __all__ = ["CONVENTIONS", "DEEPSEEK_V4", "DEEPSEEK_V41", "PAPER", "Convention", "get_convention"]
 
 Side = Literal["columns", "rows"]
@@ -101,8 +103,7 @@ class Convention:
             value = getattr(self, field)
             if value not in accepted:
                 raise ValueError(f"Convention.{field} is {value!r}; accepted: {', '.join(map(repr, accepted))}.")
-        if self.num_iters < 1:
-            raise ValueError(f"Convention.num_iters is {self.num_iters}; it must be at least 1.")
+        object.__setattr__(self, "num_iters", as_count(self.num_iters, "Convention.num_iters", least=1))
         for field in ("eps_pre", "eps_start", "eps_den", "norm_eps"):
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise ValueError(f"Convention.{field} is {getattr(self, field)}; accepted: 0 <= eps < 1.")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from birkhoff._checks import as_count
 from birkhoff._project import matrix as solve
 from birkhoff.solvers import SinkhornDamped, SinkhornKnopp
 from mhc_layers import _streams
@@ -273,7 +274,7 @@ def expand_streams(e: Tensor, num_streams: int) -> Tensor:
     Raises
     ------
     ValueError
-        If ``num_streams`` is smaller than 1.
+        If ``num_streams`` is not an integer of at least 1.
 
     Examples
     --------
@@ -282,9 +283,7 @@ def expand_streams(e: Tensor, num_streams: int) -> Tensor:
     >>> expand_streams(torch.ones(2, 8), 4).shape
     torch.Size([2, 4, 8])
     """
-    if num_streams < 1:
-        raise ValueError(f"num_streams is {num_streams}; it must be at least 1.")
-    return e.unsqueeze(-2).repeat_interleave(num_streams, dim=-2)
+    return e.unsqueeze(-2).repeat_interleave(as_count(num_streams, "num_streams", least=1), dim=-2)
 
 
 def collapse_streams(x: Tensor, weights: Tensor | None = None, *, reduce: str = "mean") -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from birkhoff._checks import as_count
 from birkhoff._registry import Resolution
 from mhc_layers import functional
 from mhc_layers._registry import SiteFacts, explain, resolve
@@ -115,16 +117,14 @@ class HyperConnection(KeepsFloat32):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if dim < 1 or num_streams < 1:
-            raise ValueError(f"dim and num_streams must be at least 1, got dim={dim}, num_streams={num_streams}.")
+        self.dim = as_count(dim, "dim", least=1)
+        self.num_streams = as_count(num_streams, "num_streams", least=1)
         if connection not in CONNECTION_KINDS:
             raise ValueError(f"Unknown connection {connection!r}; accepted: {', '.join(CONNECTION_KINDS)}.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Parameters of a site are float32 or float64, got {dtype}; the streams may be narrower.")
         if res_map is not None and connection not in ("mhc", "mhc_static"):
             raise ValueError(f"res_map replaces the projection of 'mhc' and 'mhc_static', got {connection!r}.")
-        self.dim = dim
-        self.num_streams = num_streams
         if sublayer is not None and not callable(sublayer):
             raise TypeError(
                 f"sublayer is a {type(sublayer).__name__}, which cannot be called; give a module or a function from "
@@ -176,19 +176,17 @@ class HyperConnection(KeepsFloat32):
             phi_std, alpha = 0.0, 0.01
             pre = [float(stream == self.index % n) for stream in range(n)]
             post = [1.0] * n
-            res = torch.eye(n).flatten()
+            res = np.eye(n).ravel()
         else:
             phi_std, alpha = init.phi_std, init.alpha
             pre = init.pre_bias(n, self.index, self.convention.eps_pre)
             post = init.post_bias(n, self.index)
             if self.res_map is not None:
-                res = torch.from_numpy(self.res_map.initial_parameters(n, mass=init.off_diagonal_mass(n)))
+                res = self.res_map.initial_parameters(n, mass=init.off_diagonal_mass(n))
             else:
-                res = init.off_diagonal * (1.0 - torch.eye(n)).flatten()
-        values = [torch.tensor(pre), torch.tensor(post)]
-        if self.connection != "identity":
-            values.append(res)
-        self.bias.copy_(torch.cat([value.to(torch.float64) for value in values]))
+                res = init.off_diagonal * (1.0 - np.eye(n)).ravel()
+        values: list[Any] = [pre, post] if self.connection == "identity" else [pre, post, res]
+        self.bias.copy_(torch.from_numpy(np.concatenate(values)))
         if self.phi is not None:
             nn.init.normal_(self.phi, std=phi_std) if phi_std else nn.init.zeros_(self.phi)
         for gate in (self.alpha_pre, self.alpha_post, self.alpha_res):
@@ -205,6 +203,31 @@ class HyperConnection(KeepsFloat32):
         super().__setstate__(state)
         self._capture = None
         self._implementation = resolve(self, self.requested_implementation)
+
+    def _keeps_orientation(self) -> bool:
+        """Whether the parameters mean another operator under a convention that stores them transposed."""
+        return self.connection in ("mhc", "mhc_static") and self.res_map is None and self.num_streams > 1
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As usual; the metadata that travels with a state dict says which convention the values belong to."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and self._keeps_orientation():
+            note = {"convention": self.convention.name, "transposed": self.convention.transposed}
+            destination._metadata[prefix[:-1]].update(note)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """As usual; values stored for the transposed operator are an error, as their shapes would not tell."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        transposed = self.convention.transposed
+        if self._keeps_orientation() and local_metadata.get("transposed", transposed) != transposed:
+            error_msgs: list[str] = rest[-1]
+            error_msgs.append(
+                f"{prefix}phi and {prefix}bias were saved by a site of the convention "
+                f"{local_metadata['convention']!r} and this one has {self.convention.name!r}, which stores the "
+                "residual rows transposed; mhc_layers.hub.load_site(site, mhc_layers.hub.site_tensors(other)) converts."
+            )
 
     @property
     def input_norm(self) -> nn.Module | None:
@@ -302,6 +325,8 @@ class HyperConnection(KeepsFloat32):
         return h_pre, h_post, h_res
 
     def _check(self, x: Tensor, num_streams: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Streams must be a tensor (..., {num_streams}, {self.dim}), got {type(x).__name__}.")
         if x.dim() < 2 or x.shape[-2] != num_streams or x.shape[-1] != self.dim:
             raise ValueError(
                 f"Streams must end in (num_streams, dim) = ({num_streams}, {self.dim}), got shape "

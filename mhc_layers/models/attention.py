@@ -68,7 +68,8 @@ class Attention(nn.Module):
     def forward(self, u: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         """Attend ``u (B, T, C)`` to itself and to what ``cache`` holds; returns ``(B, T, C)``."""
         batch, num_new, _ = u.shape
-        heads = self.qkv(u).view(batch, num_new, -1, self.head_dim).transpose(1, 2)
+        num_all = self.num_heads + 2 * self.num_kv_heads
+        heads = self.qkv(u).view(batch, num_new, num_all, self.head_dim).transpose(1, 2)
         turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = rotate(turned, *rotary).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:

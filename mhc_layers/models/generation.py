@@ -5,11 +5,13 @@ The streams need no cache of their own: a token's streams depend on other tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from birkhoff._checks import as_count
 from mhc_layers.models.transformer import Transformer
 
 __all__ = ["generate", "sample", "stream_tokens"]
@@ -55,15 +57,15 @@ def sample(
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0.0)
     tensor([1])
     """
-    if temperature < 0.0:
+    if not temperature >= 0.0:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or positive.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None to keep every token.")
+    top_k = None if top_k is None else as_count(top_k, "top_k", least=1)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p is {top_p}; accepted: 0 < top_p <= 1, or None to keep every token.")
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # nothing overflows
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -76,7 +78,6 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-@torch.no_grad()
 def stream_tokens(
     model: Transformer,
     prompt: Tensor,
@@ -87,20 +88,30 @@ def stream_tokens(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the new tokens ``(B,)`` one by one; see :func:`generate` for the arguments."""
+    """Yield the new tokens ``(B,)`` one by one; see :func:`generate` for the arguments and errors."""
+    if not isinstance(prompt, Tensor) or prompt.is_floating_point():
+        got = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise TypeError(
+            f"The prompt must be a tensor of integers (B, T), got {got}; prompts of different lengths are continued "
+            "one by one."
+        )
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"The prompt must be (B, T) with at least one token, got shape {tuple(prompt.shape)}.")
-    total = prompt.shape[1] + max_new_tokens
+    total = prompt.shape[1] + as_count(max_new_tokens, "max_new_tokens", least=0)
     if total > model.config.max_seq_len:
         raise ValueError(
             f"Prompt and new tokens are {total} and max_seq_len is {model.config.max_seq_len}; "
             "ask for fewer tokens or shorten the prompt."
         )
-    caches = model.make_caches(prompt.shape[0], total)
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        logits = model(tokens, caches)[:, -1]
-        new = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _steps(model, prompt, max_new_tokens, draw)
+
+
+@torch.no_grad()
+def _steps(model: Transformer, tokens: Tensor, count: int, draw: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    caches = model.make_caches(tokens.shape[0], tokens.shape[1] + count)
+    for _ in range(count):
+        new = draw(model(tokens, caches)[:, -1])
         yield new
         tokens = new[:, None]
 
@@ -140,6 +151,8 @@ def generate(
     ------
     ValueError
         For an empty prompt, a sequence longer than ``max_seq_len``, or an option out of range.
+    TypeError
+        If the prompt is not a tensor of integers.
 
     Examples
     --------
@@ -149,11 +162,16 @@ def generate(
     >>> generate(model, torch.tensor([[72, 105]]), 5, temperature=0.0).shape
     torch.Size([1, 7])
     """
-    pieces = [prompt]
-    stopped = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    if stop_token is not None and not 0 <= stop_token < model.config.vocab_size:
+        raise ValueError(
+            f"stop_token is {stop_token}, which no row can produce; accepted: 0 <= stop_token < vocab_size = "
+            f"{model.config.vocab_size}, or None."
+        )
     steps = stream_tokens(
         model, prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
     )
+    pieces = [prompt]
+    stopped = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     for new in steps:
         if stop_token is not None:
             new = torch.where(stopped, torch.full_like(new, stop_token), new)

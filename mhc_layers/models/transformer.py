@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhc_layers import functional
+from mhc_layers._streams import autocast_is_on
 from mhc_layers.config import TransformerConfig
 from mhc_layers.conventions import get_convention
 from mhc_layers.grouping import param_groups
@@ -133,13 +134,13 @@ class Transformer(nn.Module):
         self.readout_streams = make_readout(get_convention(config.convention), config.dim, config.num_streams)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_load_state_dict_post_hook(_tie)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter and table; needed again after ``to_empty`` from the meta device."""
-        if self.config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        _tie(self)
         std, depth = self.config.init_std, (2 * self.config.num_layers) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -163,7 +164,7 @@ class Transformer(nn.Module):
 
     def _embeddings(self, tokens: Tensor) -> Tensor:
         e = self.embedding(tokens)
-        if torch.is_autocast_enabled(e.device.type):
+        if autocast_is_on(e.device.type):
             e = e.to(torch.get_autocast_dtype(e.device.type))
         return e
 
@@ -208,6 +209,10 @@ class Transformer(nn.Module):
 
     def run(self, tokens: Tensor, caches: Sequence[LayerCache] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the logits and the weighted auxiliary loss (None for a dense model) of tokens ``(B, T)``."""
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"Tokens must have shape (B, T), got {tuple(tokens.shape)}; tokens[None] adds a batch axis."
+            )
         state, context = WalkState(self.first_streams(tokens)), self.context(tokens.shape[1], caches)
         block = 2 * self.config.recompute_layers
         if block and torch.is_grad_enabled() and caches is None:
@@ -233,6 +238,11 @@ class Transformer(nn.Module):
         -------
         Tensor
             ``(B, T, V)``.
+
+        Raises
+        ------
+        ValueError
+            If ``tokens`` are not ``(B, T)``, or more than ``max_seq_len`` with those of the caches.
         """
         return self.run(tokens, caches)[0]
 
@@ -251,3 +261,9 @@ class Transformer(nn.Module):
     def param_groups(self, weight_decay: float = 0.1) -> list[dict[str, Any]]:
         """Split the parameters for an optimizer, see :func:`mhc_layers.grouping.param_groups`."""
         return param_groups(self, weight_decay)
+
+
+def _tie(model: Transformer, _: Any = None) -> None:
+    """Make the head share the embedding's weight where the configuration says so: ``assign=True`` parts them."""
+    if model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight

@@ -1,5 +1,7 @@
 """Generation: decoding step by step is the full forward pass, for every variant; and sampling does what it says."""
 
+import math
+
 import pytest
 import torch
 
@@ -81,6 +83,17 @@ def test_prompts_that_do_not_fit():
     for prompt in (torch.zeros(1, 0, dtype=torch.long), torch.zeros(3, dtype=torch.long)):
         with pytest.raises(ValueError, match="at least one token"):
             generate(model, prompt, 2)
+    for prompt, got in (([1, 2], "list"), (torch.zeros(1, 2), "float32")):
+        with pytest.raises(TypeError, match=f"tensor of integers .* got .*{got}"):
+            generate(model, prompt, 2)
+    for count in (-1, 2.5):
+        with pytest.raises(ValueError, match="max_new_tokens must be an integer >= 0"):
+            stream_tokens(model, torch.zeros(1, 2, dtype=torch.long), count)  # before the first token is asked for
+    for stop in (-1, 8):
+        with pytest.raises(ValueError, match=f"stop_token is {stop}, which no row can produce"):
+            generate(model, torch.zeros(1, 2, dtype=torch.long), 2, stop_token=stop)
+    with pytest.raises(ValueError, match=r"shape \(B, T\), got \(3,\)"):
+        model(torch.zeros(3, dtype=torch.long))
     caches = model.make_caches(1, 3)
     with pytest.raises(ValueError, match="holds 3 tokens"):
         model(torch.zeros(1, 4, dtype=torch.long), caches)
@@ -111,7 +124,16 @@ def test_top_k_and_top_p():
     assert int(sample(logits[None], temperature=0.0)) == 0
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_a_temperature_near_zero_is_greedy():
+    logits = 50 * torch.randn(64, 61, generator=torch.Generator().manual_seed(0))
+    for temperature in (1e-3, 1e-30, 1e-45, 1e-300):
+        assert torch.equal(sample(logits, temperature=temperature), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_k": 2.5}, {"top_p": 0.0}, {"top_p": 1.1}],
+)
 def test_wrong_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         sample(torch.zeros(1, 4), **options)

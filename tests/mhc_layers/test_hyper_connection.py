@@ -18,6 +18,7 @@ from mhc_layers import (
 )
 from mhc_layers._sites import FUNCTIONAL, RESIDUAL
 from mhc_layers.config import CONNECTION_KINDS
+from mhc_layers.hub import load_site, site_tensors
 from mhc_layers.initialization import INITS
 from mhc_layers.residual_maps import get_res_map, res_map_names
 
@@ -105,8 +106,9 @@ def test_streams_persist_between_sites():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": 0}, "at least 1"),
-        ({"num_streams": 0}, "at least 1"),
+        ({"dim": 0}, "dim must be an integer >= 1, got 0"),
+        ({"dim": 8.0}, "dim must be an integer >= 1, got 8.0"),
+        ({"num_streams": 0}, "num_streams must be an integer >= 1"),
         ({"connection": "mhc2"}, "accepted: mhc"),
         ({"convention": "v5"}, "presets"),
         ({"init": "zeros"}, "presets"),
@@ -121,12 +123,46 @@ def test_wrong_arguments(arguments, message):
         HyperConnection(**{"dim": 8, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("connection", "res_map"),
+    [*((kind, None) for kind in CONNECTION_KINDS), ("mhc", "Permutations"), ("mhc_static", "Newton")],
+)
+def test_the_meta_device(connection, res_map):
+    """Built there, run there for its shapes, and made real: what a plan of a large model does."""
+    with torch.device("meta"):
+        site = HyperConnection(8, 4, nn.Linear(8, 8), connection=connection, res_map=res_map)
+        assert site(streams(3).to("meta")).shape == (3, 4, 8)
+    torch.manual_seed(0)
+    site.to_empty(device="cpu").reset_parameters()
+    torch.manual_seed(0)
+    expected = HyperConnection(8, 4, connection=connection, res_map=res_map)
+    own = {name: value for name, value in site.state_dict().items() if "." not in name}
+    for name, value in expected.state_dict().items():
+        assert torch.equal(own[name], value)
+
+
+def test_a_state_of_the_transposed_storage_is_refused(tmp_path):
+    """Its shapes fit, so nothing else would tell; without the note (a safetensors file) it is taken as it is."""
+    paper, deepseek = HyperConnection(8, 4), HyperConnection(8, 4, convention="deepseek_v4")
+    torch.save(randomised(paper).state_dict(), tmp_path / "site.pt")
+    state = torch.load(tmp_path / "site.pt", weights_only=True)
+    with pytest.raises(RuntimeError, match=r"phi and bias .* convention 'paper' .* 'deepseek_v4'.*load_site"):
+        deepseek.load_state_dict(state)
+    HyperConnection(8, 4, convention=PAPER.replace(num_iters=5)).load_state_dict(state)
+    HyperConnection(8, 4, convention="deepseek_v41").load_state_dict(deepseek.state_dict())
+    deepseek.load_state_dict(dict(state))
+    load_site(deepseek, site_tensors(paper))
+    assert torch.equal(deepseek.phi[8:].view(4, 4, -1), paper.phi[8:].view(4, 4, -1).transpose(0, 1))
+
+
 def test_wrong_streams():
     site = HyperConnection(8, 4, nn.Identity())
     with pytest.raises(ValueError, match=r"\(4, 8\), got shape \(3, 8\)"):
         site(torch.zeros(3, 8))
     with pytest.raises(TypeError, match="int64"):
         site(torch.zeros(3, 4, 8, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"must be a tensor \(\.\.\., 4, 8\), got ndarray"):
+        site(torch.zeros(3, 4, 8).numpy())
     with pytest.raises(ValueError, match="no sublayer"):
         HyperConnection(8, 4)(streams(2))
     with pytest.raises(TypeError, match="num_parameters"):

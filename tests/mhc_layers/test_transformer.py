@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from mhc_layers import DEEPSEEK_V41, PAPER, Transformer, TransformerConfig, capture_coefficients, reference
+from mhc_layers import (
+    DEEPSEEK_V41,
+    PAPER,
+    Transformer,
+    TransformerConfig,
+    capture_coefficients,
+    generate,
+    reference,
+)
 from mhc_layers.config import CONNECTION_KINDS
 from mhc_layers.models.transformer import WalkState
 
@@ -30,6 +38,25 @@ def randomised(model, seed=0):
 
 def tokens(batch=2, length=12, seed=0):
     return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_no_tokens_and_no_rows():
+    for changes in ({}, {"num_experts": 2}):
+        model = build(**changes)
+        assert model(tokens()[:0]).shape == (0, 12, 61) and model(tokens()[:, :0]).shape == (2, 0, 61)
+        assert generate(model, tokens()[:0], 2).shape == (0, 14)
+
+
+def test_a_tied_head_stays_tied_when_tensors_are_assigned():
+    """Two parameters of one storage would be updated twice by an optimizer."""
+    source = build()
+    with torch.device("meta"):
+        model = build()
+    assert model(tokens().to("meta")).shape == (2, 12, 61)
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert model.head.weight is model.embedding.weight
+    model.rotary.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(model(tokens()), source(tokens()))
 
 
 # -- start and symmetry -----------------------------------------------------------------------------------------------
