@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -11,11 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+import mhc_layers.kernels.triton
 
 _POINTER = {
     torch.float32: "*fp32",
@@ -52,6 +57,32 @@ class Resources:
 
 
 @contextlib.contextmanager
+def pretended(capability: int) -> Iterator[None]:
+    """Let the launchers of ``mhc_layers`` see a device like an H100 of this capability, and forget it afterwards."""
+    modules = [
+        importlib.import_module(f"{mhc_layers.kernels.triton.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(mhc_layers.kernels.triton.__path__)
+    ]
+
+    def forget() -> None:
+        for module in modules:
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name, fact in (("num_sms", 132), ("capability", capability)):
+                if hasattr(module, name):
+                    patch.setattr(module, name, lambda device, fact=fact: fact)
+        forget()
+        try:
+            yield
+        finally:
+            forget()
+
+
+@contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
     """Replace every Triton launch by a record of it; the tensors may live anywhere."""
     launches: list[Launch] = []
@@ -59,7 +90,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = list(self.arg_names)
         options = {
-            key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion") if key in kwargs
+            key: kwargs.pop(key)
+            for key in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
+            if key in kwargs
         }
         if self.fn.__module__.startswith("mhc_layers.") and list(kwargs) != names[len(args) :]:
             # mhc_layers.kernels.triton.launch hands a remembered kernel its constants in the order they came in

@@ -136,22 +136,15 @@ def test_no_tokens() -> None:
     ("n", "c", "dtype"),
     [(4, 4096, torch.bfloat16), (3, 1000, torch.bfloat16), (8, 1024, torch.bfloat16), (4, 1024, torch.float32)],
 )
-def test_compiles_without_spills(
-    monkeypatch: pytest.MonkeyPatch, capability: int, n: int, c: int, dtype: torch.dtype
-) -> None:
-    from mhc_layers.kernels.triton import broadcast, coefficients, configs
-    from tests.kernels.aot_compile import compile_launch, recorded_launches
+def test_compiles_without_spills(capability: int, n: int, c: int, dtype: torch.dtype) -> None:
+    from mhc_layers.kernels.triton import configs
+    from tests.kernels.aot_compile import compile_launch, pretended, recorded_launches
 
     if configs.is_interpreting():
         pytest.skip("needs TRITON_INTERPRET unset")
-    for module in (broadcast, coefficients):
-        monkeypatch.setattr(module, "num_sms", lambda device: 132)
-        monkeypatch.setattr(module, "capability", lambda device: capability)
-    for cached in (broadcast._streams_launch, coefficients.project_launch):
-        cached.cache_clear()
     one = make_problem(1, n, c, dtype)
     many = {name: getattr(one, name).expand(8192, *getattr(one, name).shape[1:]) for name in ("x", "f", "g", "gu")}
-    with recorded_launches() as recorded:
+    with pretended(capability), recorded_launches() as recorded:
         run(Problem(**many, phi=one.phi, bias=one.bias, alphas=one.alphas), PAPER)
     hot = {"project_kernel", "read_forward_kernel", "broadcast_write_kernel", "broadcast_write_backward_kernel"}
     hot.add("broadcast_streams_backward_kernel")

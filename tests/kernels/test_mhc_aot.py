@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from mhc_layers.conventions import PAPER
 from mhc_layers.kernels.table import LEAVES
-from mhc_layers.kernels.triton import coefficients, configs, streams_backward
-from tests.kernels.aot_compile import Launch, compile_launch, recorded_launches
+from mhc_layers.kernels.triton import configs
+from tests.kernels.aot_compile import Launch, compile_launch, pretended, recorded_launches
 from tests.kernels.mhc_cases import leaves_chain, make_problem
 
 pytestmark = [pytest.mark.aot, pytest.mark.timeout(600)]
@@ -28,13 +28,10 @@ HOT = {
 }
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, capability: int, n: int, c: int, dtype: torch.dtype) -> list[Launch]:
+def launches(capability: int, n: int, c: int, dtype: torch.dtype) -> list[Launch]:
     """What a site of 8192 tokens would launch on an H100-sized device of this capability."""
     if configs.is_interpreting():
         pytest.skip("needs TRITON_INTERPRET unset")
-    for module in (coefficients, streams_backward):
-        monkeypatch.setattr(module, "num_sms", lambda device: 132)
-        monkeypatch.setattr(module, "capability", lambda device: capability)
     one = make_problem(1, n, c, dtype)
     many = {name: getattr(one, name).expand(8192, *getattr(one, name).shape[1:]) for name in ("x", "f", "g", "gu")}
     problem = type(one)(**many, phi=one.phi, bias=one.bias, alphas=one.alphas)
@@ -42,7 +39,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, capability: int, n: int, c: int, d
     def triton_leaf(name: str):
         return next(row for row in LEAVES[name].rows if row.name == "triton").load("run")
 
-    with recorded_launches() as recorded:
+    with pretended(capability), recorded_launches() as recorded:
         leaves_chain(problem, PAPER, triton_leaf)
     return recorded
 
@@ -61,11 +58,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, capability: int, n: int, c: int, d
     ],
     ids=["n4", "n4-masked", "n2", "n3", "n6", "n8", "n4-float32"],
 )
-def test_hot_kernels_do_not_spill(
-    monkeypatch: pytest.MonkeyPatch, capability: int, n: int, c: int, dtype: torch.dtype
-) -> None:
+def test_hot_kernels_do_not_spill(capability: int, n: int, c: int, dtype: torch.dtype) -> None:
     found = {}
-    for launch in launches(monkeypatch, capability, n, c, dtype):
+    for launch in launches(capability, n, c, dtype):
         if launch.name not in HOT:
             continue
         resources = compile_launch(launch, capability)
@@ -76,19 +71,19 @@ def test_hot_kernels_do_not_spill(
 
 
 @pytest.mark.parametrize("n", [4, 8])
-def test_finish_kernels_do_not_spill(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_finish_kernels_do_not_spill(n: int) -> None:
     """They are latency, not bandwidth; a spill is still a sign that the adjoint has left the registers."""
     found = {
         launch.name: compile_launch(launch, 90).spill_bytes
-        for launch in launches(monkeypatch, 90, n, 1024, torch.bfloat16)
+        for launch in launches(90, n, 1024, torch.bfloat16)
         if launch.name not in HOT
     }
     assert found == dict.fromkeys(("finish_kernel", "finish_backward_kernel", "reduce_kernel"), 0)
 
 
-def test_projection_and_last_backward_reach_the_wide_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projection_and_last_backward_reach_the_wide_tensor_cores() -> None:
     assembly = {}
-    for launch in launches(monkeypatch, 90, 4, 4096, torch.bfloat16):
+    for launch in launches(90, 4, 4096, torch.bfloat16):
         if launch.name in ("project_kernel", "streams_backward_kernel", "write_backward_kernel"):
             assembly[launch.name] = compile_launch(launch, 90).assembly
     assert "wgmma.mma_async" in assembly["project_kernel"]

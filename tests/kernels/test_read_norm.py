@@ -173,19 +173,14 @@ def test_rows_too_long_for_the_registers_are_refused() -> None:
         (4, 4096, torch.float32),
     ],
 )
-def test_compiles_without_spills(
-    monkeypatch: pytest.MonkeyPatch, capability: int, n: int, c: int, dtype: torch.dtype
-) -> None:
-    from mhc_layers.kernels.triton import configs, read_norm_backward
-    from tests.kernels.aot_compile import compile_launch, recorded_launches
+def test_compiles_without_spills(capability: int, n: int, c: int, dtype: torch.dtype) -> None:
+    from mhc_layers.kernels.triton import configs
+    from tests.kernels.aot_compile import compile_launch, pretended, recorded_launches
 
     if configs.is_interpreting():
         pytest.skip("needs TRITON_INTERPRET unset")
-    monkeypatch.setattr(read_norm_backward, "num_sms", lambda device: 132)
-    monkeypatch.setattr(read_norm_backward, "capability", lambda device: capability)
-    read_norm_backward._launches.cache_clear()
     one = make_case(1, n, c, dtype, PAPER)
-    with recorded_launches() as recorded:
+    with pretended(capability), recorded_launches() as recorded:
         run(one._replace(x=one.x.expand(8192, n, c), gv=one.gv.expand(8192, c), proj=one.proj.expand(8192, -1)))
     names = {launch.name for launch in recorded}
     assert names == {"read_norm_forward_kernel", "read_norm_backward_kernel", "sum_rows_kernel"}
