@@ -246,7 +246,7 @@ CLAIMS: tuple[Claim, ...] = (
         samples=lambda subject: strategies.samples(
             generators=("gaussian", "unbalanced", "near_permutation", "vertex"),
             scales=(0.3, 3.0, 10.0, 30.0, 100.0),
-            batch=256,
+            batch=128,
             dtypes=subject.backend.dtypes,
         ),
         check=_limit,

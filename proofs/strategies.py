@@ -37,7 +37,6 @@ __all__ = [
     "round_to",
     "samples",
     "shapes",
-    "zero_patterns",
 ]
 
 Generator = Callable[[np.random.Generator, tuple[int, ...], int, float], np.ndarray]
@@ -311,15 +310,6 @@ def _patterns(rng: np.random.Generator, batch: int, n: int) -> np.ndarray:
         for _ in range(int(rng.integers(1, 4))):
             keep[k, np.arange(n), rng.permutation(n)] = True
     return keep
-
-
-def zero_patterns(sizes: Sequence[int] = (2, 3, 4), batch: int = 4) -> SearchStrategy[np.ndarray]:
-    """Return arrays of 0 and ``-inf`` with total support, shape (batch, n, n)."""
-
-    def make(n: int, seed: int) -> np.ndarray:
-        return np.where(_patterns(np.random.default_rng(seed), batch, n), 0.0, -np.inf)
-
-    return st.builds(make, st.sampled_from(list(sizes)), st.integers(0, 2**32 - 1))
 
 
 def all_vertices(n: int, height: float) -> np.ndarray:
