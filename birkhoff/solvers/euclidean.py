@@ -80,12 +80,12 @@ class Euclidean:
     def init(self, logits: Any, frame: Frame) -> tuple[Any, ...]:
         """The matrix, potentials at zero, and a scale at which every entry can be positive."""
         xp = frame.xp
-        _, last = frame.order(self.first)
+        over, last = frame.order(self.first)
         values = logits - _math.maximum_along(xp, logits, last)
         finite = xp.where(xp.isfinite(values), values, xp.zeros_like(values))
         spread = -xp.min(finite, axis=(frame.i, frame.j), keepdims=True)
-        scale = xp.where(spread > 1.0, spread, xp.ones_like(spread))
-        return values, xp.zeros_like(xp.sum(values, axis=frame.order(self.first)[0], keepdims=True)), scale
+        scale = _math.lower_bound(xp, spread, 1.0)
+        return values, xp.zeros_like(xp.sum(values, axis=over, keepdims=True)), scale
 
     def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
         """One regularised Newton step on the potentials, the best of a few lengths; then perhaps a smaller scale."""
@@ -101,13 +101,13 @@ class Euclidean:
         settled = (error <= xp.finfo(values.dtype).eps * (n + 0.25 * reach)) & (scale <= 1.0)
         if frame.branch and bool(xp.all(settled)):
             return state
-        ridge = _RIDGE * xp.where(error < 1.0, error, xp.ones_like(error))
+        ridge = _RIDGE * xp.clip(error, max=1.0)
         newton = -scale * self._solve(matrix, residual, ridge, frame)
-        rounding = 64.0 * xp.finfo(values.dtype).eps
+        rounding = n * n * xp.finfo(values.dtype).eps  # of the objective's terms
         # Without a better candidate a gradient step is taken: it always descends, since the Hessian is at most n.
         best = potentials - scale / n * residual
         best_objective, matrix = self._dual(values, best, scale, frame)
-        best_objective = xp.where(best_objective < objective, best_objective, objective)
+        best_objective = xp.minimum(best_objective, objective)
         best_error = xp.max(xp.abs(frame.sum(matrix, over) - 1.0), axis=last, keepdims=True)
         best_slope = xp.abs(xp.sum(residual * newton, axis=last, keepdims=True))
         for length in _STEP_SIZES:
@@ -124,7 +124,7 @@ class Euclidean:
             best_slope = xp.where(better, slope, best_slope)
             best_error = xp.where(better, xp.max(xp.abs(excess), axis=last, keepdims=True), best_error)
         best = xp.where(settled, potentials, best)  # so that no matrix depends on how long its neighbours take
-        smaller = xp.where(scale > _SHRINK, scale / _SHRINK, xp.ones_like(scale))
+        smaller = _math.lower_bound(xp, scale / _SHRINK, 1.0)
         return values, best, xp.where(best_error < _SETTLED, smaller, scale)
 
     def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
@@ -158,7 +158,7 @@ class Euclidean:
         active = matrix > 0
         kept = xp.where(active, direction, zero)
         ones = xp.where(active, xp.ones_like(matrix), xp.zeros_like(matrix))
-        per_line = _at_least_one(xp, frame.sum(ones, last))
+        per_line = _math.lower_bound(xp, frame.sum(ones, last), 1.0)
         centred = kept - ones * (frame.sum(kept, last) / per_line)
         result = centred
         for _ in range(2):  # the second pass removes what the ridge left of the first
@@ -170,22 +170,22 @@ class Euclidean:
     def _lines(self, values: Any, potentials: Any, scale: Any, frame: Frame) -> Any:
         r"""Project each line of ``(X + z) / scale`` onto the simplex: :math:`\max(v - \tau, 0)`.
 
-        With v sorted downwards, :math:`\tau = \max_k (v_1 + \dots + v_k - 1) / k`.
+        With v sorted downwards, :math:`\tau = \max_k (v_1 + \dots + v_k - 1) / k`. A line of -inf becomes zero.
         """
         xp = frame.xp
         _, last = frame.order(self.first)
         lines = (values + potentials) / scale
-        lines = lines - _math.maximum_along(xp, lines, last)
+        lines = _math.lower_bound(xp, lines - _math.maximum_along(xp, lines, last), xp.finfo(lines.dtype).min)
         sums = xp.cumulative_sum(xp.sort(lines, axis=last, descending=True), axis=last)
         n = lines.shape[last]
         counts = _xp.astype(xp, xp.arange(1, n + 1, device=_xp.device(lines)), lines.dtype)
         shape = [1, 1, 1]
         shape[last] = n
         threshold = xp.max((sums - 1.0) / xp.reshape(counts, tuple(shape)), axis=last, keepdims=True)
-        return xp.where(lines > threshold, lines - threshold, xp.where(xp.isnan(lines), lines, xp.zeros_like(lines)))
+        return _math.lower_bound(xp, lines - threshold, 0.0)
 
     def _dual(self, values: Any, potentials: Any, scale: Any, frame: Frame) -> tuple[Any, Any]:
-        r"""The convex function of the potentials, :math:`s \sum_i \psi((x_i + z)/s) - \sum_j z_j`, and the matrix.
+        r"""The convex function of potentials of sum zero, :math:`s \sum_i \psi((x_i + z)/s)`, and the matrix.
 
         :math:`\psi(v) = \max_{a \in \Delta} \langle a, v\rangle - \tfrac12 \lVert a\rVert^2`, attained at the
         projection of v onto the simplex.
@@ -194,8 +194,7 @@ class Euclidean:
         matrix = self._lines(values, potentials, scale, frame)
         zero = xp.zeros_like(matrix)
         payoff = xp.where(matrix > 0, matrix * (values + potentials) - 0.5 * scale * matrix * matrix, zero)
-        total = xp.sum(payoff, axis=(frame.i, frame.j), keepdims=True)
-        return total - xp.sum(potentials, axis=(frame.i, frame.j), keepdims=True), matrix
+        return xp.sum(payoff, axis=(frame.i, frame.j), keepdims=True), matrix
 
     def _solve(self, matrix: Any, residual: Any, ridge: Any, frame: Frame) -> Any:
         r"""Solve :math:`(H + \delta I + 11^\top/n)\, d = r` with the generalised Hessian of the potentials,
@@ -206,7 +205,7 @@ class Euclidean:
         _, last = frame.order(self.first)
         n = matrix.shape[last]
         ones = xp.where(matrix > 0, xp.ones_like(matrix), xp.zeros_like(matrix))
-        weighted = ones / _at_least_one(xp, frame.sum(ones, last))
+        weighted = ones / _math.lower_bound(xp, frame.sum(ones, last), 1.0)
         # Entry (p, q) of H for lines p, q of the first side; the lines of the other side are summed over.
         left, right = (ones, weighted) if self.first == "columns" else (_swap(frame, ones), _swap(frame, weighted))
         overlap = _gram(frame, left, right)
@@ -218,10 +217,6 @@ class Euclidean:
         column = _swap(frame, residual) if self.first == "columns" else residual
         solution = solve_positive_definite(hessian, column, frame)
         return _swap(frame, solution) if self.first == "columns" else solution
-
-
-def _at_least_one(xp: Any, counts: Any) -> Any:
-    return xp.where(counts > 1.0, counts, xp.ones_like(counts))
 
 
 def _swap(frame: Frame, stack: Any) -> Any:
