@@ -7,7 +7,7 @@ nearest, and pipeline stages, which talk least, are furthest apart.
 
 from __future__ import annotations
 
-import logging
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -168,30 +168,32 @@ def join_processes(device_type: str, *, timeout: timedelta = timedelta(minutes=1
 
 
 def leave_processes(world: World) -> None:
-    """Leave the group that :func:`join_processes` joined."""
+    """Leave the group that :func:`join_processes` joined; meshes of its processes can't be used any more.
+
+    A group of gloo ends its threads when nothing refers to it any more. Meshes do, and after a sharded step the caches
+    of :mod:`torch.distributed.tensor` refer to meshes for ever. So meshes let go of their groups here.
+    """
     if world.owns_group and dist.is_initialized():
         dist.destroy_process_group()
+        for mesh in [item for item in gc.get_objects() if type(item) is DeviceMesh]:
+            getattr(mesh, "_pg_registry", {}).clear()
 
 
 def end_process(code: int) -> NoReturn:
-    """End the program, at once if it was one of several processes.
+    """End the program, after the threads of the groups that it left.
 
-    gloo's threads outlive :func:`torch.distributed.destroy_process_group` wherever something still refers to a group
-    (an engine, or the caches of sharded tensors: eight run loops were left after a sharded step). A thread that needs
-    the interpreter while it shuts down aborts the process with "terminate called without an active exception", after
-    all work is done and saved. So the shutdown is left out: output is flushed and the process ends.
+    A thread of gloo that finishes a sum gives back the tensor and may need the interpreter for it. If that shuts down
+    meanwhile, Python ends the thread by unwinding its stack through a destructor, and the process aborts: "terminate
+    called without an active exception". So the threads of all groups must have ended before. What still refers to a
+    group when :func:`leave_processes` has returned are reference cycles of models and engines, collected here.
 
     Parameters
     ----------
     code : int
-        Exit status. Files must be closed by now.
+        Exit status.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        sys.exit(code)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    gc.collect()
+    sys.exit(code)
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mhc_layers.parallel.mesh import end_process
+from mhc_layers.parallel.mesh import World, end_process, leave_processes
 
 
 def spawn(function: Callable[..., None], *arguments: Any, processes: int = 2, seconds: float = 240.0) -> None:
@@ -47,6 +46,5 @@ def _enter(rank: int, processes: int, port: int, function: Callable[..., None], 
         traceback.print_exc()
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes(World(owns_group=True))
     end_process(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.console import Console
 from mhc_layers import Transformer
 from mhc_layers.cli import main
 from mhc_layers.parallel.engine import Precision
-from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes
+from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes, leave_processes
 from mhc_layers.parallel.parallelize import parallelize
 from mhc_layers.parallel.pipeline import stage_sizes
 from mhc_layers.parallel.sharded_checkpoint import load_shards, save_shards
@@ -209,6 +211,32 @@ def test_torchrun_of_the_command_line_ends_well_and_its_run_is_read_by_one_proce
     assert (tmp_path / "run" / "checkpoints" / "step_00000004" / "shards").is_dir()
     assert main(["inspect", str(tmp_path / "run"), "--device", "cpu"]) == 0
     assert "checkpoint of step 4, float32 streams on cpu" in capsys.readouterr().out
+
+
+def _threads_of_gloo():
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+def _leave(rank, text, folder):
+    world = join_processes("cpu")
+    for parallel in (ParallelConfig(shard=2), ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig()):
+        steps(build(tiny_model(), parallel, world))
+    assert _threads_of_gloo()
+    leave_processes(world)
+    gc.collect()
+    assert not _threads_of_gloo()
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    _train(rank, text, folder, ParallelConfig(shard=2), None)
+    gc.collect()
+    assert not _threads_of_gloo()
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not name a process's threads")
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    """One that does may abort the interpreter's shutdown; see end_process."""
+    spawn(_leave, str(write_text(tmp_path / "text")), str(tmp_path / "run"))
 
 
 def _save_shards(rank, folder):
