@@ -34,7 +34,6 @@ Order = Literal["application", "written"]
 _EPS = 2.0**-52  # twice the unit roundoff u of float64: 1 + k _EPS bounds 1/(1-u)^k while k u <= 1/2
 _TINY64 = 2.0**-1022  # bounds what one float64 operation loses to underflow, whether or not subnormals are flushed
 _TINY32 = 2.0**-126  # bounds what reading one float32 or bfloat16 entry loses where subnormals are flushed
-_FLOOR = 2.0**-200  # smallest entry of a Collatz vector relative to its largest (any positive vector is valid)
 _INF = float("inf")
 _SMALL = 32  # up to this n the Collatz vector comes from repeated squaring of the Gram matrix
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}  # of one float64 temporary: the cache's size, or enough work for a GPU
@@ -160,7 +159,7 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
     matrix : array, shape (..., n, n), n >= 1
         Real floating, any dtype (bfloat16 and float16 included), any array library and device. The values are taken as
         they are: certify what is stored, after any cast. Gradients are not tracked.
-    num_steps : int
+    num_steps : int, default 10
         Effort spent on the Collatz-Wielandt vector, a power iterate of :math:`P^\top P`: ``num_steps`` squarings of
         that matrix for n <= 32 (:math:`2^{\mathtt{num\_steps}}` power steps), ``num_steps`` power steps above. It
         changes how tight the bounds are, never whether they hold. 0 uses the vector of ones alone.
@@ -259,7 +258,7 @@ def certify_product(
         raise OptionError(f"order must be 'application' or 'written', got {order!r}")
     if isinstance(stack, Sequence):
         layers = list(stack)
-    elif getattr(stack, "ndim", 0) < 3:
+    elif len(getattr(stack, "shape", ())) < 3:
         raise ShapeError(
             f"stack must be a list of matrices or an array (..., L, n, n), got {type(stack).__name__} of shape "
             f"{tuple(getattr(stack, 'shape', ()))}; certify takes one matrix"
@@ -285,7 +284,7 @@ def _certify(layers: list[Any], num_steps: int, num_samples: int | None) -> Cert
     if _math.accumulate_dtype(xp, layers[0]) != xp.float64:
         layers = [_xp.to_numpy(layer) for layer in layers]
         xp = _xp.array_namespace(*layers)
-    n, batch = shape[-1], shape[:-2]
+    *batch, n, _ = shape
     count = int(np.prod(batch, dtype=np.int64))
     layers = [xp.reshape(layer, (count, n, n)) for layer in layers]
     sampled = num_samples is not None and num_samples < count
@@ -293,13 +292,15 @@ def _certify(layers: list[Any], num_steps: int, num_samples: int | None) -> Cert
         assert num_samples is not None
         picks = xp.asarray(np.linspace(0, count - 1, num_samples).astype(np.int64), device=_xp.device(layers[0]))
         layers = [xp.take(layer, picks, axis=0) for layer in layers]
-        batch, count = (num_samples,), num_samples
-    block = _BLOCK_ENTRIES.get(_xp.device_kind(layers[0]), 2**20)
-    size = max(1, block // (len(layers) * n * n))
+        batch, count = [num_samples], num_samples
+    block = _BLOCK_ENTRIES.get(_xp.device_kind(layers[0]), _BLOCK_ENTRIES["cpu"])
+    fitting = block // (len(layers) * n * n)
+    size = max(1, fitting)
+    rows = None if fitting else max(1, block // n)
     with _xp.quiet(layers[0]):
         parts = [
-            _bounds(_Product(xp, [layer[start : min(start + size, count), :, :] for layer in layers], block), num_steps)
-            for start in range(0, max(count, 1), size)
+            _bounds(_Product(xp, [layer[start : min(start + size, count), :, :] for layer in layers], rows), num_steps)
+            for start in range(0, max(count, size), size)
         ]
     joined = {key: xp.concat([part[key] for part in parts], axis=0) for key in parts[0]}
     shaped = {key: xp.reshape(value, (*batch, *value.shape[1:])) for key, value in joined.items()}
@@ -310,19 +311,20 @@ class _Product:
     """A chunk of products :math:`A_L ... A_1`, factors in order of application, each of shape (B, n, n).
 
     Inside, the batch is the last axis: factors are (n, n, B), vectors (n, B), so that sums over short axes are sums of
-    long contiguous rows. A small chunk is converted to float64 once; a large one is read in blocks of rows.
+    long contiguous rows. The factors are converted to float64 once, or, if one product alone is too large for that,
+    whenever they are read, ``rows_per_block`` rows at a time.
     """
 
-    def __init__(self, xp: Any, layers: list[Any], block: int) -> None:
+    def __init__(self, xp: Any, layers: list[Any], rows_per_block: int | None) -> None:
         self.xp = xp
         self.batch, self.n = layers[0].shape[:2]
         self.device = _xp.device(layers[0])
         single = any(_xp.dtype_name(layer.dtype) in ("float32", "bfloat16") for layer in layers)
         self.flushes = self._flushes_subnormals(single)
         self.read_loss = (_TINY32 if single else _TINY64) if self.flushes else 0.0
-        convert = len(layers) * self.batch * self.n * self.n <= block
-        self.layers = [self._batch_last(layer, convert) for layer in layers]
-        self.rows_per_block = max(1, min(self.n, block // max(1, self.batch * self.n)))
+        self.small = self.n <= _SMALL
+        self.rows_per_block = rows_per_block or self.n
+        self.layers = [self._batch_last(layer, rows_per_block is None) for layer in layers]
         self._check()
 
     def _batch_last(self, layer: Any, convert: bool) -> Any:
@@ -334,11 +336,9 @@ class _Product:
     def _flushes_subnormals(self, single: bool) -> bool:
         """Whether this device, in its present mode, takes subnormal numbers for zero."""
         xp = self.xp
-        probes = [xp.full((1,), 2.0**-1074, dtype=xp.float64, device=self.device)]
-        if single:
-            probe = xp.full((1,), 2.0**-149, dtype=xp.float32, device=self.device)
-            probes.append(_xp.astype(xp, probe, xp.float64))
-        return not all(bool(xp.all(probe * 1.0 != 0)) for probe in probes)
+        tiny, dtype = (_TINY32, xp.float32) if single else (_TINY64, xp.float64)
+        subnormal = xp.full((), tiny, dtype=dtype, device=self.device) * 0.5
+        return not bool(_xp.astype(xp, subnormal, xp.float64))
 
     def _check(self) -> None:
         """Look once at every entry: which products the bounds hold for, and whose norm is known exactly."""
@@ -369,15 +369,15 @@ class _Product:
             rows = slice(start, min(start + self.rows_per_block, self.n))
             yield rows, _xp.astype(self.xp, layer[rows, :, :], self.xp.float64)
 
-    def apply(self, layer: Any, vector: Any, *, transposed: bool, absolute: bool) -> Any:
-        """One factor, or its transpose or absolute value, times a vector: plain float64 sums."""
+    def apply(self, layer: Any, vector: Any, *, transposed: bool, absolute: bool = True) -> Any:
+        """The absolute value of one factor, or its transpose, times a vector: plain float64 sums."""
         xp = self.xp
         parts = []
         for rows, block in self.blocks(layer):
             values = xp.abs(block) if absolute and self.signed else block
             if transposed:
                 parts.append(xp.sum(values * vector[rows, None, :], axis=0))
-            elif self.n <= _SMALL:
+            elif self.small:
                 parts.append(_sum([values[:, column, :] * vector[column, :] for column in range(self.n)]))
             else:
                 parts.append(xp.sum(values * vector[None, :, :], axis=1))
@@ -391,12 +391,12 @@ class _Product:
         """
         xp = self.xp
         factor = (self.n + 4) * _EPS
-        high = self.apply(layer, upper, transposed=transposed, absolute=True)
-        low = high if lower is upper else self.apply(layer, lower, transposed=transposed, absolute=True)
-        lost = 4 * self.n * _TINY64 + 2 * self.n * self.read_loss * xp.max(upper, axis=0, keepdims=True)
-        high = high * (1.0 + factor) + lost
-        low = low * (1.0 - factor) - 4 * self.n * _TINY64
-        return xp.where(low > 0, low, xp.zeros_like(low)), xp.where(xp.isnan(high), xp.full_like(high, _INF), high)
+        lost = 4 * self.n * _TINY64
+        high = self.apply(layer, upper, transposed=transposed)
+        low = high if lower is upper else self.apply(layer, lower, transposed=transposed)
+        high = high * (1.0 + factor) + (lost + 2 * self.n * self.read_loss * xp.max(upper, axis=0))
+        low = _math.lower_bound(xp, low * (1.0 - factor) - lost, 0.0)
+        return low, xp.where(xp.isnan(high), xp.full_like(high, _INF), high)
 
     def forward(self, lower: Any, upper: Any) -> tuple[Any, Any]:
         for layer in self.layers:
@@ -418,12 +418,12 @@ class _Product:
     def dominant_vector(self, num_steps: int) -> Any:
         """A positive vector near the first right singular vector. Plain arithmetic: it need not be trusted."""
         xp, x = self.xp, self.ones()
-        if self.n > _SMALL:
+        if not self.small:
             for _ in range(num_steps):
                 for layer in self.layers:
-                    x = self.apply(layer, x, transposed=False, absolute=True)
+                    x = self.apply(layer, x, transposed=False)
                 for layer in reversed(self.layers):
-                    x = self.apply(layer, x, transposed=True, absolute=True)
+                    x = self.apply(layer, x, transposed=True)
                 x = self._positive(x)
             return x
         matrix = None
@@ -437,12 +437,10 @@ class _Product:
         return self._positive(xp.permute_dims(xp.sum(power, axis=-1), (1, 0)))
 
     def _positive(self, vector: Any) -> Any:
-        """Scale to a largest entry of one and lift what is tiny; ones where that cannot be done."""
+        """Scale to a largest entry of one, and lift what is tiny or no number: any positive vector is valid."""
         xp = self.xp
-        peak = xp.max(vector, axis=0, keepdims=True)
-        usable = (peak > 0) & xp.isfinite(peak)
-        scaled = xp.where(usable, vector / xp.where(usable, peak, xp.ones_like(peak)), xp.ones_like(vector))
-        return xp.where(scaled > _FLOOR, scaled, xp.full_like(scaled, _FLOOR))
+        scaled = vector / xp.max(vector, axis=0)
+        return xp.where(scaled > _TINY32, scaled, xp.full_like(scaled, _TINY32))
 
 
 def _bounds(product: _Product, num_steps: int) -> dict[str, Any]:
@@ -460,9 +458,10 @@ def _bounds(product: _Product, num_steps: int) -> dict[str, Any]:
     for step, x in enumerate([ones] if num_steps == 0 else [ones, product.dominant_vector(num_steps)]):
         y_low, y_high = product.forward(x, x) if step else (row_low, row_high)
         z_low, z_high = product.backward(y_low, y_high)
-        # Collatz-Wielandt: M^T M x <= lambda x for one x > 0 gives ||M||_2^2 <= lambda.
-        collatz = xp.sqrt(xp.max(z_high / x, axis=0) * (1.0 + 2 * _EPS) + 4 * _TINY64) * (1.0 + 2 * _EPS)
-        upper = xp.where(collatz < upper, collatz, upper)
+        # Collatz-Wielandt: M^T M x <= lambda x for one x > 0 gives ||M||_2^2 <= lambda. No quotient underflows, since x
+        # is at most one and z_high at least 4 n of the smallest normal number.
+        collatz = xp.sqrt(xp.max(z_high / x, axis=0)) * (1.0 + 2 * _EPS)
+        upper = xp.minimum(collatz, upper)
         lower = xp.maximum(lower, xp.maximum(_ratio_below(xp, y_low, x), _ratio_below(xp, z_low, y_high)))
 
     zero, unbounded = xp.zeros_like(upper), xp.full_like(upper, _INF)
@@ -501,11 +500,10 @@ def _ratio_below(xp: Any, numerator: Any, denominator: Any) -> Any:
 
 
 def _scaled_norm(xp: Any, vector: Any) -> Any:
-    """Euclidean norm within (n + 8) units of roundoff, free of overflow and underflow."""
-    peak = xp.max(vector, axis=0, keepdims=True)
-    usable = (peak > 0) & xp.isfinite(peak)
-    scaled = vector / xp.where(usable, peak, xp.ones_like(peak))
-    return peak[0, ...] * xp.sqrt(xp.sum(scaled * scaled, axis=0))
+    """Euclidean norm within (n + 8) units of roundoff, free of overflow and underflow; NaN for zero and infinity."""
+    peak = xp.max(vector, axis=0)
+    scaled = vector / peak
+    return peak * xp.sqrt(xp.sum(scaled * scaled, axis=0))
 
 
 def _extreme(sums: Any, which: Literal["min", "max"]) -> Any:
