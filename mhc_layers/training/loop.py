@@ -241,7 +241,13 @@ class Trainer:
             config=encode(self.config),
             model=parameters,
             optimizer=optimizer,
-            progress={"seconds": self.seconds, "first_bits_per_byte": self.first_bits, "bits_per_byte": self._bits},
+            progress={
+                "seconds": self.seconds,
+                "monitor_seconds": self.monitor.seconds,
+                "monitor_setup_seconds": self.monitor.setup_seconds,
+                "first_bits_per_byte": self.first_bits,
+                "bits_per_byte": self._bits,
+            },
             corpus=encode(self.corpus.record),
             random=random_state(),
         )
@@ -348,6 +354,8 @@ class Trainer:
         load_optimizer_state(self.engine.model, self.optimizers, optimizer)
         self.step = self._saved_step = checkpoint.step
         self.seconds = float(checkpoint.progress["seconds"])
+        self.monitor.seconds = float(checkpoint.progress.get("monitor_seconds", 0.0))
+        self.monitor.setup_seconds = float(checkpoint.progress.get("monitor_setup_seconds", 0.0))
         self.first_bits = checkpoint.progress["first_bits_per_byte"]
         self._bits = checkpoint.progress["bits_per_byte"]
         restore_random_state(checkpoint.random)

@@ -146,13 +146,16 @@ class Monitor:
     Attributes
     ----------
     seconds : float
-        Host time spent on measuring so far; divided by a run's time it is the monitor's cost.
+        Host time spent on measuring so far. A GPU works on meanwhile, so a run is not longer by all of it.
+    setup_seconds : float
+        The same of the first measurement of this process, which loads kernels and asks for memory; not in ``seconds``.
     """
 
     def __init__(self, model: nn.Module, config: MonitorConfig) -> None:
         self.model = model
         self.config = config
-        self.seconds = 0.0
+        self.seconds = self.setup_seconds = 0.0
+        self._first: int | None = None
         self._pending: tuple[int, _Picked] | None = None
         self._buffer: Tensor | None = None  # pinned memory on a GPU: asking for it anew waits for the device
         self._has_sites = isinstance(model, Transformer) and len(model.sites) > 0
@@ -175,7 +178,7 @@ class Monitor:
         buffer = None if self._pending is not None else self._buffer
         picked = _collect(captured, self.config.tokens, buffer)
         self._pending, self._buffer = (step, picked), picked.values
-        self.seconds += time.perf_counter() - started
+        self._spend(step, time.perf_counter() - started)
 
     def flush(self) -> Measurement | None:
         """Measure what :meth:`watch` kept; None if nothing is waiting."""
@@ -189,8 +192,16 @@ class Monitor:
         certify = self.config.certify_every > 0 and step % self.config.certify_every == 0
         result = measure(coefficients, step=step, certify=certify)
         elapsed = time.perf_counter() - started
-        self.seconds += elapsed
+        self._spend(step, elapsed)
         return Measurement(**{**result.__dict__, "seconds": elapsed})
+
+    def _spend(self, step: int, seconds: float) -> None:
+        if self._first is None:
+            self._first = step
+        if step == self._first:
+            self.setup_seconds += seconds
+        else:
+            self.seconds += seconds
 
 
 def fetch(captured: CapturedCoefficients, *, tokens: int) -> Coefficients:

@@ -67,7 +67,9 @@ class Report:
         Of the last streams: mean pairwise cosine, norm of the deviations from their mean relative to their norm, and
         exponential of the entropy of the squared singular values.
     monitor_share : float
-        Share of the training time that measuring and certifying took.
+        Host time of measuring and certifying over the training time, but for the first measurement.
+    monitor_setup_seconds : float
+        Host time of the first measurement of each start of the run, which loads kernels and libraries.
     corpus_sha256 : str
         Hash of the text.
     sample : str
@@ -96,6 +98,7 @@ class Report:
     stream_difference: float
     effective_streams: float
     monitor_share: float
+    monitor_setup_seconds: float = 0.0
     corpus_sha256: str
     sample: str
 
@@ -147,6 +150,7 @@ def make_report(trainer: Trainer, model: Transformer, *, bits_per_byte: float) -
         stream_difference=float(streams["difference"][-1]),
         effective_streams=float(streams["effective_streams"][-1]),
         monitor_share=trainer.monitor.seconds / max(trainer.seconds, 1e-9),
+        monitor_setup_seconds=trainer.monitor.setup_seconds,
         corpus_sha256=trainer.corpus.record.sha256,
         sample=sample_text(
             model,
@@ -265,6 +269,7 @@ def report_lines(report: Report) -> list[tuple[str, str]]:
     """Return the lines of a report as label and text."""
     what = "product of absolute values" if report.absolute else "composite"
     bound, reached = rounded_up(report.norm2_upper), rounded_down(report.norm2_lower)
+    setup = f" and {report.monitor_setup_seconds:.1f} s once" if report.monitor_setup_seconds >= 0.05 else ""
     return [
         ("validation", f"{report.bits_per_byte:.3f} bits per byte (before training {report.first_bits_per_byte:.3f})"),
         (
@@ -286,7 +291,7 @@ def report_lines(report: Report) -> list[tuple[str, str]]:
         (
             "time",
             f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s, "
-            f"monitor {100.0 * report.monitor_share:.2f} % of it",
+            f"monitor {100.0 * report.monitor_share:.2f} % of it{setup}",
         ),
         ("text", f"sha256 {report.corpus_sha256}"),
     ]

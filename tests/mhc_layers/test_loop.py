@@ -89,9 +89,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, text, kind):
     assert rest.complete
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "part")
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "part")
-    assert dataclasses.replace(whole.report, seconds=0, tokens_per_second=0, monitor_share=0) == dataclasses.replace(
-        rest.report, seconds=0, tokens_per_second=0, monitor_share=0
-    )
+    times = {"seconds": 0, "tokens_per_second": 0, "monitor_share": 0, "monitor_setup_seconds": 0}
+    assert dataclasses.replace(whole.report, **times) == dataclasses.replace(rest.report, **times)
+    before = checkpoint.progress  # the time of a run is that of all its parts
+    assert rest.report.seconds > before["seconds"] > before["monitor_seconds"] > 0
+    assert rest.report.monitor_setup_seconds > before["monitor_setup_seconds"] > 0
+    assert rest.report.monitor_share * rest.report.seconds > before["monitor_seconds"]
 
 
 @pytest.mark.gpu
