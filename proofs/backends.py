@@ -90,6 +90,13 @@ class Backend:
         """Whether :meth:`autograd` works."""
         return False
 
+    def answers(self) -> bool:
+        """Whether arrays still work: after an illegal access, a process has lost its device."""
+        try:
+            return bool(np.all(self.asnumpy(self.asarray(np.zeros(1), self.dtypes[0])) == 0))
+        except Exception:
+            return False
+
     sees_waiting = False
     """Whether :meth:`forbids_waiting` can tell."""
 

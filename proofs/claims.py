@@ -70,11 +70,11 @@ def by_name(name: str) -> Claim:
 
 
 def select(names: list[str] | None) -> tuple[Claim, ...]:
-    """Return the claims with these names, or of these families; all of them for ``None``."""
+    """Return the claims with these names, or of these families, each once; all of them for ``None``."""
     if not names:
         return CLAIMS
-    chosen: list[Claim] = []
+    chosen: dict[str, Claim] = {}
     for name in names:
         family = [claim for claim in CLAIMS if claim.family == name]
-        chosen.extend(family or [by_name(name)])
-    return tuple(chosen)
+        chosen.update({claim.name: claim for claim in family or [by_name(name)]})
+    return tuple(chosen.values())

@@ -2,7 +2,7 @@
 
 A claim and a subject are functions, which do not travel between processes; their names do. Every process builds the
 subjects of the selection once and is then sent one claim on one subject at a time. A process that dies takes the others
-with it, so each marks what it begins in memory that they share.
+with it, so each marks what it begins in memory that they share. One whose device no longer answers ends itself.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ Pair = tuple[Claim, Any]
 
 _SUBJECTS: dict[str, Any] = {}
 _BEGUN: list[Any] = []
+_LOST: list[str] = []
 
 
 def _prepare(selection: Selection, path: list[str], begun: Any) -> None:
@@ -58,8 +59,12 @@ def _try(
     """Return what became of the claim, or nothing where the deadline came first."""
     if deadline is not None and time.time() >= deadline:
         return None
-    _BEGUN[0][place] = True
+    _BEGUN[0][-1 if _LOST else place] = True
+    if _LOST:
+        os._exit(1)  # what the device said would be said of every claim; the first process starts another one
     outcome = runner.run_claim(all_claims.by_name(claim), _SUBJECTS[subject], profile, seed_value=seed_value)
+    if runner.loses_its_device(outcome, _SUBJECTS[subject]):
+        _LOST.append(subject)
     return {part.name: getattr(outcome, part.name) for part in fields(outcome) if part.name != "claim"}
 
 
@@ -83,7 +88,7 @@ def run(
 
     def share(work: Sequence[Pair], processes: int) -> tuple[list[Pair], list[Pair]]:
         """Try them; return those that were begun but not ended when a process died, and those not begun then."""
-        begun = context.RawArray("b", len(work))
+        begun = context.RawArray("b", len(work) + 1)  # one for a process whose device is lost
         lost: list[int] = []
         with ProcessPoolExecutor(processes, context, _prepare, (selection, list(sys.path), begun)) as pool:
             futures = {
@@ -106,7 +111,7 @@ def run(
                     process.terminate()
                 raise
         lost.sort()
-        if lost and not any(begun[place] for place in lost):
+        if lost and not any(begun[place] for place in (*lost, -1)):
             raise BrokenProcessPool("it ended before it tried a claim")
         return [work[k] for k in lost if begun[k]], [work[k] for k in lost if not begun[k]]
 

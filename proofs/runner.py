@@ -18,7 +18,19 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from proofs import schedule, strategies
 from proofs._claim import Claim, Observation, Sample
 
-__all__ = ["PROFILES", "Outcome", "Profile", "minimise", "observe", "pairs", "replay", "run", "run_claim", "untried"]
+__all__ = [
+    "PROFILES",
+    "Outcome",
+    "Profile",
+    "loses_its_device",
+    "minimise",
+    "observe",
+    "pairs",
+    "replay",
+    "run",
+    "run_claim",
+    "untried",
+]
 
 Verdict = Literal["holds", "broken", "not claimed", "not tried"]
 
@@ -198,7 +210,7 @@ def run(
     seed_value : int, optional
         As for :func:`run_claim`.
     deadline : float, optional
-        No claim begins at or after this ``time.time()``; what is left is "not tried".
+        No claim begins at or after this ``time.time()``; what is left is "not tried", as it is once the device is lost.
     progress : callable, optional
         Is given every outcome as soon as it is known, most important claims first.
 
@@ -216,7 +228,14 @@ def run(
         outcomes[claim.name, subject.title] = outcome
         if progress is not None:
             progress(outcome)
+        if loses_its_device(outcome, subject):
+            break
     return list(outcomes.values())
+
+
+def loses_its_device(outcome: Outcome, subject: Any) -> bool:
+    """Tell whether the claim left a process in which nothing can be tried any more, whatever is true of it."""
+    return outcome.verdict == "broken" and not subject.backend.answers()
 
 
 def untried(claim: Claim, subject: str) -> Outcome:

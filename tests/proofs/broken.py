@@ -259,6 +259,18 @@ def ends_the_process_at_one(logits: np.ndarray) -> np.ndarray:
     return ends_the_process() if logits.shape[-1] == 1 else right(logits)
 
 
+def loses_the_device(logits: np.ndarray) -> np.ndarray:
+    """After a 1 x 1 no array works in this process any more, as after an illegal access on a GPU."""
+
+    def fails(*arguments: object) -> np.ndarray:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if logits.shape[-1] == 1:
+        BACKENDS["numpy"].asarray = fails  # type: ignore[method-assign]
+        return fails()
+    return right(logits)
+
+
 def exits(logits: np.ndarray) -> np.ndarray:
     """What a script does that was written for the command line."""
     raise SystemExit(0)

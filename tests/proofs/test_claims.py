@@ -39,6 +39,7 @@ def test_select_takes_names_and_families() -> None:
     assert claims.select(None) == claims.CLAIMS
     assert claims.select(["last_side_exact"]) == (claims.by_name("last_side_exact"),)
     assert {claim.family for claim in claims.select(["closure"])} == {"closure"}
+    assert claims.select(["composite_gain_is_one", "closure"]) == claims.select(["closure"])
     with pytest.raises(ValueError, match="last_side_exact"):
         claims.by_name("last_side")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from proofs import claims, pool, runner
 from proofs._claim import Observation, Sample, worst
+from proofs.backends import Backend
 from proofs.runner import PROFILES, Profile
 from proofs.selection import Selection
 from tests.proofs import broken
@@ -84,6 +86,30 @@ def test_shrinking_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = runner.run_claim(claims.by_name("last_side_exact"), broken.subject(broken.half_a_step_missing), EFFORT)
     assert outcome.verdict == "broken" and outcome.failing is not None
     assert len(outcome.failing.logits) == 16  # the example as it was drawn
+
+
+def test_nothing_is_said_of_a_device_that_is_lost() -> None:
+    class Losing(Backend):
+        """Answers until it was asked for a 1 x 1."""
+
+        lost = False
+
+        def asarray(self, values: np.ndarray, dtype: str) -> Any:
+            if self.lost:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return super().asarray(values, dtype)
+
+    backend = Losing()
+
+    def function(logits: np.ndarray) -> np.ndarray:
+        backend.lost = logits.shape[-1] == 1
+        return broken.right(logits)
+
+    chosen = claims.select(["one_by_one_is_one", "two_by_two_closed_form", "circulant_in_one_step"])
+    subject = replace(broken.subject(function), backend=backend)
+    outcomes = runner.run(chosen, [subject], EFFORT)
+    assert [outcome.verdict for outcome in outcomes] == ["broken", "not tried", "not tried"]
+    assert "illegal memory access" in outcomes[0].reason
 
 
 def test_failing_examples_are_small() -> None:
