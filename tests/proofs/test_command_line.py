@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -160,6 +161,12 @@ def test_wrong_arguments_get_a_friendly_message(
 ) -> None:
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else "found")
+    assert main(["--list"]) == 2
+    assert "rich not installed; pip install 'birkhoff-mhc[proofs]'" in capsys.readouterr().err
 
 
 def test_a_backend_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
