@@ -112,6 +112,12 @@ PEERS: tuple[Peer, ...] = (
 """Every adapter, in the order of the published table."""
 
 
+def _loops(function: Any) -> Any:
+    """Mark a function that unfolds the stack; the claim about large ones is not made of it."""
+    function.one_by_one = True
+    return function
+
+
 def _one_by_one(logits: np.ndarray, method: str) -> np.ndarray:
     ot = importlib.import_module("ot")
     n = logits.shape[-1]
@@ -121,11 +127,13 @@ def _one_by_one(logits: np.ndarray, method: str) -> np.ndarray:
     return n * np.array(plans).reshape(logits.shape)
 
 
+@_loops
 def pot(logits: np.ndarray) -> np.ndarray:
     """Return POT's plan between uniform marginals, times n."""
     return _one_by_one(logits, "sinkhorn")
 
 
+@_loops
 def pot_log(logits: np.ndarray) -> np.ndarray:
     """Return POT's log-domain plan between uniform marginals, times n."""
     return _one_by_one(logits, "sinkhorn_log")
@@ -163,6 +171,7 @@ def lucidrains_triton(logits: Any) -> Any:
     return importlib.import_module("hyper_connections.triton_sinkhorn").triton_sinkhorn(logits, iters=NUM_ITERS)
 
 
+@_loops
 def transformers_deepseek_v4(logits: Any) -> Any:
     """Return the stored comb of transformers' DeepSeek-V4 connection whose logits are its bias."""
     torch = importlib.import_module("torch")

@@ -26,6 +26,7 @@ __all__ = [
     "rebuilds",
     "reports",
     "stops_by_tolerance",
+    "takes_stacks",
     "unfinished",
 ]
 
@@ -66,6 +67,11 @@ def adds_exactly(subject: Subject) -> str | None:
     if {"float64", "float32"} & set(subject.backend.dtypes):
         return None
     return "constants added to half-precision logits round them"
+
+
+def takes_stacks(subject: Subject) -> str | None:
+    """It takes the matrices of a stack together."""
+    return "loops over the matrices, so that a large stack would take minutes" if subject.one_by_one else None
 
 
 def unfinished(subject: Subject) -> str | None:

@@ -46,6 +46,8 @@ class Subject:
         ``(eps_start, eps_den)`` of a damped recurrence.
     sizes : tuple of int or None
         The n that it takes; ``None``: every n.
+    one_by_one : bool
+        It loops over the matrices of a stack, so that a large one would take minutes.
     project : callable or None
         Array to a full `birkhoff.Projection`.
     vjp : callable or None
@@ -70,6 +72,7 @@ class Subject:
     finish: str = "none"
     eps: tuple[float, float] | None = None
     sizes: tuple[int, ...] | None = None
+    one_by_one: bool = False
     project: Projector | None = field(default=None, repr=False)
     vjp: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
     tolerant: Callable[[float], Projector] | None = field(default=None, repr=False)
@@ -194,7 +197,7 @@ def user_subject(
     """Wrap anybody's function.
 
     With `num_iters` it is also compared with the model of that many iterations; `dtypes` and `sizes` narrow what it is
-    tried on.
+    tried on. An attribute ``one_by_one = True`` of the function says that it loops over the matrices of a stack.
     """
     if last not in ("rows", "columns"):
         raise ValueError(f"last = {last!r}; give 'rows' or 'columns': the side that is normalised last")
@@ -207,6 +210,7 @@ def user_subject(
         last=last,
         num_iters=num_iters,
         sizes=None if sizes is None else tuple(sizes),
+        one_by_one=bool(getattr(function, "one_by_one", False)),
         vjp=vjp,
     )
 
