@@ -342,7 +342,7 @@ SPECIAL: dict[str, tuple[Callable[[], Subject], tuple[Callable[[], Subject], ...
     ),
     "large_stacks": (
         lambda: broken.subject(broken.right),
-        (lambda: broken.subject(_wrong_after(2**16)), lambda: broken.subject(_wrong_after(100))),
+        (lambda: broken.subject(_wrong_after(2**16)),),
     ),
     "does_not_wait_for_the_device": (lambda: _watched(broken.right), (lambda: _watched(_waits),)),
     "open_side_never_rises": (broken.family, (lambda: _misbuilt(lambda count, first: (21 - count, first)),)),
