@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from proofs import claims, pool, report, runner
+from proofs import claims, pool, report, runner, strategies
 from proofs._claim import Claim, Sample
 from proofs.backends import BACKENDS
 from proofs.runner import PROFILES, Outcome
@@ -78,6 +78,30 @@ def _selection(options: argparse.Namespace) -> Selection:
         backends=tuple(options.backend or ()),
         solvers=None if options.solver is None else tuple(options.solver),
     )
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what would be ignored, and what could only fail at the end."""
+    for name in ("jobs", "num_iters"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}; give 1 or more")
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds {options.seconds:g}; give more than 0")
+    strange = [size for size in options.size or () if size not in strategies.SIZES]
+    if strange:
+        known = ", ".join(map(str, strategies.SIZES))
+        raise ValueError(f"--size {strange[0]}: no claim has examples of it; choose from {known}")
+    if options.projection is not None and options.solver:
+        raise ValueError("--solver is about this library; with --projection there is one function")
+    if options.projection is None:
+        given = {"--num-iters": options.num_iters, "--dtype": options.dtype, "--size": options.size}
+        given["--last columns"] = options.last == "columns" or None
+        ignored = [name for name, value in given.items() if value is not None]
+        if ignored:
+            raise ValueError(f"{', '.join(ignored)}: about a function of yours; give --projection as well")
+    if options.junit:
+        options.junit.touch()
 
 
 def _print_list(console: Console, chosen: Sequence[Claim]) -> None:
@@ -187,10 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             _print_list(console, chosen)
             return 0
-        if options.jobs < 1:
-            raise ValueError(f"--jobs {options.jobs}; give 1 or more")
-        if options.seconds is not None and not options.seconds > 0:
-            raise ValueError(f"--seconds {options.seconds:g}; give more than 0")
+        _check(options)
         failing = _as_reported(options, parser) if options.replay else []
         selection = _selection(options)
         found = selection.subjects()

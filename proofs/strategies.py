@@ -29,6 +29,7 @@ __all__ = [
     "HARD",
     "LAYOUTS",
     "SCALES",
+    "SIZES",
     "all_vertices",
     "dtypes",
     "layout",
@@ -61,6 +62,9 @@ SCALES: tuple[float, ...] = (
     1e3,
 )
 """Standard deviation, or height R of a gap, that the generators are scaled by."""
+
+SIZES: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 16, 32)
+"""Every n that a claim has examples of."""
 
 DTYPES: tuple[str, ...] = ("float64", "float32", "float16", "bfloat16")
 

@@ -153,6 +153,12 @@ def test_list_prints_statements(capsys: pytest.CaptureFixture[str]) -> None:
         (["--replay", "/nonexistent.json", "--backend", "numpy"], "is not a report"),
         (["--projection", RIGHT, "--claim", "certificate"], "nothing to verify"),
         (["--projection", RIGHT, "--jobs", "0"], "give 1 or more"),
+        (["--projection", RIGHT, "--num-iters", "0"], "--num-iters 0; give 1 or more"),
+        (["--projection", RIGHT, "--size", "33"], "--size 33: no claim has examples of it"),
+        (["--projection", RIGHT, "--solver", "Newton"], "--solver is about this library"),
+        (["--backend", "numpy", "--dtype", "float32"], "--dtype: about a function of yours"),
+        (["--backend", "numpy", "--last", "columns"], "--last columns: about a function of yours"),
+        (["--projection", RIGHT, "--junit", "/nonexistent/x.xml"], "No such file or directory"),
     ],
 )
 def test_wrong_arguments_get_a_friendly_message(
