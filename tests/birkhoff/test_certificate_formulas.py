@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -218,3 +221,68 @@ def test_the_radius_is_that_of_the_largest_sum() -> None:
     for turned in (matrix, matrix.T):
         certificate = certify(turned)
         assert certificate.sums_radius == pytest.approx(2.0**41 * 2 * (2 + 4) * TWO_U, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "blocks"), [((40000, 8, 8), 1, 6.0), ((2000, 8, 8), 20, 1.6), ((1, 600, 600), 6, 1.6)]
+)
+def test_temporaries_have_as_many_entries_as_a_block(shape: tuple[int, int, int], layers: int, blocks: float) -> None:
+    """2^20 numbers of float64 on the host, of which a few are alive at a time, for many matrices and for large ones."""
+    stack = [np.random.default_rng(0).random(shape, dtype=np.float32) for _ in range(layers)]
+    certify_product([layer[:1] for layer in stack])
+    tracemalloc.start()
+    certify_product(stack)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= blocks * 8 * 2**20
+
+
+def test_a_batch_that_fits_a_block_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    real = certificates._bounds
+
+    def watched(product: Any, num_steps: int) -> Any:
+        batches.append(product.batch)
+        return real(product, num_steps)
+
+    monkeypatch.setattr(certificates, "_bounds", watched)
+    for count, expected in ((2**16, [2**16]), (2**16 + 1, [2**16, 1]), (0, [0]), (1, [1])):
+        batches.clear()
+        certify(np.zeros((count, 4, 4)), num_steps=0)
+        assert batches == expected
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_radius_of_a_product_is_rounding(signed: bool) -> None:
+    stack = np.random.default_rng(3).random((3, 4, 4)) - (0.5 if signed else 0.0)
+    assert certify_product(stack).sums_radius <= 2e-13
+
+
+def test_steps_are_squarings_up_to_32_and_single_above() -> None:
+    """Two blocks of norms 1 and 0.9: 3 squarings are 8 power steps, which leave 5 times less of the second vector."""
+    gaps = []
+    for n in (32, 33):
+        matrix = np.zeros((n, n))
+        matrix[: n // 2, : n // 2] = np.random.default_rng(0).random((n // 2, n // 2))
+        matrix[n // 2 :, n // 2 :] = np.random.default_rng(1).random((n - n // 2, n - n // 2))
+        for half, norm in ((slice(0, n // 2), 1.0), (slice(n // 2, n), 0.9)):
+            matrix[half, half] *= norm / np.linalg.norm(matrix[half, half], 2)
+        certificate = certify(matrix, num_steps=3)
+        gaps.append(float(certificate.norm2_upper - certificate.norm2_lower))
+    assert gaps[0] <= 0.003 and gaps[1] >= 0.01
+
+
+@pytest.mark.parametrize("function", [certify, certify_product])
+def test_default_effort_is_the_documented_one(function: Any) -> None:
+    documented = re.search(r"num_steps : int, default (\d+)", inspect.getdoc(certify) or "")
+    assert documented and inspect.signature(function).parameters["num_steps"].default == int(documented[1])
+
+
+def test_norms_are_free_of_overflow_and_of_rows_that_are_zero() -> None:
+    matrix = np.zeros((3, 3))
+    matrix[0] = [2.0**300, 2.0**299, 2.0**-300]
+    matrix[1] = [2.0**298, 2.0**300, 0.0]
+    certificate = certify(matrix)
+    norm = np.linalg.norm(matrix * 2.0**-300, 2)
+    for bound in (certificate.norm2_lower, certificate.norm2_upper):
+        assert bound * 2.0**-300 == pytest.approx(norm, rel=1e-12)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 
 import birkhoff
-from birkhoff import solvers
+from birkhoff import _math, solvers
+from birkhoff._layout import frame_for
+from birkhoff._xp import array_namespace
 from birkhoff.rounding import round_to_nonexpansive, round_to_polytope
+from birkhoff.solvers.protocol import from_text, to_text
+from birkhoff.solvers.range_cap import cap, pull_cap, push_cap
 
 
 @pytest.mark.parametrize("name", solvers.__all__)
@@ -192,3 +197,149 @@ def test_derivatives_of_the_damped_recurrence_are_finite_where_its_softmax_under
     (second,) = torch.autograd.grad((first * weight).sum(), logits)
     assert torch.isfinite(first).all() and torch.isfinite(second).all()
     assert float(first.detach().abs().max()) > 1e-3 and float(second.abs().max()) > 1e-3
+
+
+NUMPY = array_namespace(np.zeros(1))
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize(
+    ("name", "options", "halves"),
+    [
+        ("SinkhornKnopp", {}, 14),
+        ("SinkhornLog", {}, 14),
+        ("SinkhornLog", {"relaxation": 1.5}, 16),  # the first and the last half step are not relaxed
+        ("SinkhornDamped", {}, 13),  # the softmax is the first half step
+    ],
+)
+def test_the_tape_of_an_adjoint_holds_every_half_step_once(
+    name: str, options: dict[str, float], halves: int, first: str
+) -> None:
+    solver = getattr(solvers, name)(num_iters=7, first=first, **options)
+    logits = np.random.default_rng(0).normal(size=(2, 3, 3))
+    steps = list(solver.trajectory(logits, frame_for(NUMPY, np.float64, branch=True)))
+    assert len(steps) == halves
+    for matrix, axis, weight in steps:
+        if weight == 1.0 and name != "SinkhornDamped":
+            assert np.abs(matrix.sum(axis=axis) - 1).max() <= 1e-14
+    assert np.abs(steps[-1][0] - birkhoff.project(logits, solver).matrix).max() <= 1e-14
+
+
+class _CountingExponentials:
+    """NumPy, with the calls of ``exp`` counted."""
+
+    __name__ = "numpy"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(NUMPY, name)
+
+    def exp(self, values: np.ndarray) -> np.ndarray:
+        self.count += 1
+        return np.exp(values)
+
+
+def test_logarithms_cost_one_exponential_per_half_step_and_one_at_the_end() -> None:
+    """The count for [SinkhornLog] that its module promises."""
+    counting = _CountingExponentials()
+    solver, frame = solvers.SinkhornLog(), frame_for(counting, np.float64, branch=True)
+    state = solver.init(np.random.default_rng(0).normal(size=(2, 3, 3)), frame)
+    assert counting.count == 0
+    for _ in range(5):
+        state = solver.step(state, frame)
+    solver.matrix(state, frame)
+    assert counting.count == 2 * 5 + 1
+
+
+@pytest.mark.parametrize("name", ["SinkhornKnopp"])
+def test_float32_of_a_wide_range_is_computed_in_float64(name: str) -> None:
+    logits = np.random.default_rng(0).uniform(-150.0, 150.0, size=(20, 4, 4)).astype(np.float32)
+    wide = birkhoff.project(logits.astype(np.float64), getattr(solvers, name)()).matrix
+    assert np.array_equal(birkhoff.project(logits, getattr(solvers, name)()).matrix, wide.astype(np.float32))
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize("name", ["SinkhornKnopp", "SinkhornLog"])
+def test_an_entry_far_below_its_line_costs_the_others_no_digits(name: str, first: str) -> None:
+    """Exponents are taken from the largest of a line: entries that count have small ones, exact to a rounding."""
+    logits = np.random.default_rng(0).normal(size=(2000, 4, 4)).astype(np.float32)
+    logits[:, 0, 0] = -35.0
+    known = birkhoff.project(logits.astype(np.float64), solvers.SinkhornLog(num_iters=1, first=first)).matrix
+    result = birkhoff.project(logits, getattr(solvers, name)(num_iters=1, first=first)).matrix
+    assert np.abs(result - known).max() <= 4 * 2.0**-24
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize("name", ["SinkhornKnopp", "SinkhornLog", "SinkhornDamped"])
+def test_a_cap_that_raises_nothing_changes_nothing(name: str, first: str) -> None:
+    """Also where a logit lies exactly at it, as rounded logits do: that one keeps its value and its gradient."""
+    logits = np.array(
+        [[[3.0, 1.0, 0.0], [0.0, -2.0, 0.0], [-1.0, 2.0, 0.0]], [[4.0, 0.0, 1.0], [0.0, 4.0, 0.0], [1.0] * 3]]
+    )
+    plain, capped = (getattr(solvers, name)(first=first, num_iters=3, range_cap=value) for value in (None, 4.0))
+    grad = np.random.default_rng(0).normal(size=logits.shape)
+    adjoint = birkhoff.adjoints.Unrolled()
+    assert np.array_equal(birkhoff.project(logits, capped).matrix, birkhoff.project(logits, plain).matrix)
+    assert np.array_equal(adjoint.vjp(logits, grad, capped), adjoint.vjp(logits, grad, plain))
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_the_cap_has_its_derivative_and_that_its_transpose(axis: int) -> None:
+    """For any gradient, not only for those that add up to zero along a line."""
+    rng, frame = np.random.default_rng(0), frame_for(NUMPY, np.float64)
+    logits, tangent, grad = 2 * rng.standard_normal((3, 5, 4, 4))
+    pushed, pulled = push_cap(logits, tangent, 1.5, axis, frame), pull_cap(logits, grad, 1.5, axis, frame)
+    ahead, behind = (cap(logits + sign * 1e-6 * tangent, 1.5, axis, frame) for sign in (1, -1))
+    assert np.abs(pushed - (ahead - behind) / 2e-6).max() <= 1e-8
+    assert np.sum(pulled * tangent) == pytest.approx(np.sum(grad * pushed), rel=1e-12)
+
+
+def test_the_text_of_a_solver_is_that_of_its_construction() -> None:
+    """A tracer may put symbols in place of its numbers; a solver of somebody else has no kept text."""
+    solver = solvers.SinkhornKnopp(num_iters=7)
+    written = to_text(solver)
+    object.__setattr__(solver, "num_iters", object())
+    assert to_text(solver) == written and from_text(written) == solvers.SinkhornKnopp(num_iters=7)
+
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        num_iters: int = 3
+
+    assert to_text(Other()) == f"{__name__}:Other(num_iters=3)"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_shrinking_takes_four_units_of_roundoff_more_than_the_sum(dtype: type) -> None:
+    eps = np.finfo(dtype).eps  # two units
+    for finish in (round_to_nonexpansive, round_to_polytope):
+        assert np.abs(finish(np.array([[1.0 + 4 * eps]], dtype=dtype)) - 1).max() <= 2 * eps
+    shrunk = round_to_nonexpansive(np.diag([2.0, 4.0]).astype(dtype))
+    assert (shrunk.diagonal() >= 1 - 2 * eps).all() and (shrunk.diagonal() < 1).all()
+
+
+def test_sums_are_accumulated_in_the_dtype_asked_for() -> None:
+    values = np.array([[2.0**24], [1.0], [1.0]], dtype=np.float32)
+    assert _math.reduce_sum(NUMPY, values, 0, np.float64)[0, 0] == 2.0**24 + 2
+    assert _math.reduce_sum(NUMPY, values, 0, np.float32).dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exponentials_of_a_sum_are_normal_numbers_on_the_host(dtype: type) -> None:
+    tiny = np.finfo(dtype).smallest_normal
+    exponents = np.array([0.0, -3.0, np.log(tiny), -800.0, -np.inf], dtype=dtype)
+    on_host = _math.exp_in_sum(NUMPY, exponents, True)
+    assert np.array_equal(on_host[:2], np.exp(exponents[:2]))
+    assert (on_host >= tiny).all() and (on_host[2:] <= 2 * tiny).all()
+    assert np.array_equal(_math.exp_in_sum(NUMPY, exponents, False), np.exp(exponents))
+
+
+def test_a_sum_that_rounds_to_one_keeps_its_derivative() -> None:
+    torch = pytest.importorskip("torch")
+    xp = array_namespace(torch.zeros(1))
+    logits = torch.tensor([[0.0, -20.0]], dtype=torch.float32, requires_grad=True)
+    matrix = _math.softmax(xp, logits, -1, torch.float64)
+    (gradient,) = torch.autograd.grad(matrix[0, 0], logits)
+    share = float(np.exp(-20.0))
+    assert float(matrix.detach()[0, 0]) == 1.0 and float(gradient[0, 1]) == pytest.approx(-share, rel=1e-5)
