@@ -42,7 +42,6 @@ numpydoc_class_members_toctree = False
 # Only this project's own names must resolve: the inventories of NumPy, SciPy and torch need a network.
 nitpick_ignore_regex = [("py:.*", r"^(?!birkhoff|mhc_layers|proofs).*")]
 
-doctest_global_setup = "import numpy as np"
 trim_doctest_flags = True
 
 html_theme = "pydata_sphinx_theme"
