@@ -74,8 +74,8 @@ def check_options(solver: Any) -> None:
     """Make numbers Python's own, and raise :class:`OptionError` for what no solver accepts; ends every construction."""
     name = type(solver).__name__
     object.__setattr__(solver, "num_iters", as_count(solver.num_iters, f"{name}: num_iters", least=1))
-    for option in ("tol", "range_cap", "relaxation", "eps_start", "eps_den"):
-        value = getattr(solver, option, 0.0)
+    for option in [o for o in ("tol", "range_cap", "relaxation", "eps_start", "eps_den") if hasattr(solver, o)]:
+        value = getattr(solver, option)
         left_out = value is None and option in ("tol", "range_cap")
         if type(value) is not float and not left_out:  # a scalar of an array library has another text
             object.__setattr__(solver, option, as_real(value, f"{name}: {option}"))

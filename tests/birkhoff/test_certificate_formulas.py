@@ -143,6 +143,8 @@ def test_a_certificate_is_an_immutable_value_of_one_matrix_by_default() -> None:
     assert certificate.num_layers == 1 and not certificate.sampled
     with pytest.raises(dataclasses.FrozenInstanceError):
         certificate.num_layers = 2
+    assert certificate == certificate and certificate != dataclasses.replace(certificate)  # no comparing of arrays
+    assert len({certificate, certificate}) == 1
 
 
 def test_gains_and_errors_are_the_extremes_over_lines() -> None:
