@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {Generate: _generate, Inspect: _inspect, Compare: _compare, Bench: _bench}[type(command)](  # type: ignore[operator]
             command, console
         )
-    except (ValueError, TypeError, FileNotFoundError, TrainingError) as error:
+    except (ValueError, TypeError, OSError, TrainingError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -185,18 +185,21 @@ def _parse(arguments: list[str]) -> tuple[object, tuple[Checkpoint, Path] | None
         default = get_recipe(_value(arguments, "--recipe") or "tiny_cpu")
     if resumed is None:
         arguments = _with_derived_sizes(arguments, default.model)
+    program = "python -m mhc_layers"
+    if arguments[:1] == ["train"]:  # by itself: a choice of commands shows tyro's own name for it in messages
+        return tyro.cli(Train, default=Train(config=default), args=arguments[1:], prog=f"{program} train"), resumed
     recipes = ", ".join(sorted(RECIPES))
-    command = tyro.cli(
+    command: object = tyro.cli(
         Annotated[Train, tyro.conf.subcommand("train", default=Train(config=default))]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Bench, tyro.conf.subcommand("bench")],
         args=arguments,
-        prog="python -m mhc_layers",
+        prog=program,
         description=f"Manifold-Constrained Hyper-Connections. Recipes: {recipes}.",
     )
-    return command, resumed
+    return command, None
 
 
 def _train(command: Train, resumed: tuple[Checkpoint, Path] | None, console: Console) -> int:

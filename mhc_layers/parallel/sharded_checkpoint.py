@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 __all__ = ["hash_shards", "load_shards", "read_shards", "save_shards", "stored_shapes", "wait_for_all"]
@@ -37,6 +38,8 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     ------
     FileExistsError
         If the folder exists.
+    OSError
+        If a process can't write its part; raised on all of them.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; sharded checkpoints are not written over others")
@@ -45,8 +48,13 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.parent.mkdir(parents=True, exist_ok=True)
     wait_for_all()
-    with _alone_or_not() as alone:
-        dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=str(part), no_dist=alone)
+    values = {name: tensor.detach() for name, tensor in tensors.items()}
+    try:
+        with _alone_or_not() as alone:
+            dcp.save(values, checkpoint_id=str(part), no_dist=alone)
+    except CheckpointException as error:
+        rank, failure = min(error.failures.items())
+        raise OSError(f"process {rank} can't write its part of {folder}: {failure[0]}") from error
     wait_for_all()
     if _is_main():
         os.replace(part, folder)

@@ -116,6 +116,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int | None = 
     -------
     pathlib.Path
         The new checkpoint's folder.
+
+    Raises
+    ------
+    CheckpointError
+        If it can't be written, for want of room or permission.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{checkpoint.step:08d}"
@@ -150,6 +155,11 @@ def save_sharded_checkpoint(folder: Path, checkpoint: Checkpoint, world: World, 
     -------
     pathlib.Path
         The new checkpoint's folder, complete on return.
+
+    Raises
+    ------
+    CheckpointError
+        If a process can't write its part.
     """
     final = folder / f"{_PREFIX}{checkpoint.step:08d}"
     part = folder / f".{final.name}.part"
@@ -159,7 +169,12 @@ def save_sharded_checkpoint(folder: Path, checkpoint: Checkpoint, world: World, 
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     wait_for_all()
-    save_shards(part / _SHARDS, tensors)
+    try:
+        save_shards(part / _SHARDS, tensors)
+    except OSError as error:
+        if world.is_main:
+            shutil.rmtree(part, ignore_errors=True)
+        raise _not_written(final, error) from error
     hashes = hash_shards(part / _SHARDS)
     if world.is_main:
         with _completed(final, part, keep):
@@ -343,7 +358,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def _completed(final: Path, part: Path, keep: int | None) -> Iterator[Path]:
-    """Let the context fill the folder ``part``, then give it its final name and delete old checkpoints."""
+    """Let the context fill the folder ``part``, then give it its final name and delete old and half-written ones."""
     folder = final.parent
     try:
         yield part
@@ -355,11 +370,20 @@ def _completed(final: Path, part: Path, keep: int | None) -> Iterator[Path]:
         else:
             os.replace(part, final)
         _flush(folder)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(final, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    if keep is not None:
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    unwanted = [] if keep is None else list_checkpoints(folder)[:-keep]
+    for old in [*unwanted, *folder.glob(f".{_PREFIX}*")]:  # hidden: left by a process that was killed while writing
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _not_written(final: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {final} can't be written ({error}); those before it are as they were. Make room, or choose a "
+        "folder that can be written to, and continue with --resume"
+    )
 
 
 def _write_files(

@@ -212,8 +212,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
             raise ValueError(f"steps is {self.steps}, log_every {self.log_every}; both must be 1 or more")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+        for name in ("seed", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.model.vocab_size != 256:
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size}; the training data are bytes, so it must be 256"

@@ -14,7 +14,7 @@ class DataError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another format. Use the intact checkpoint that the message names."""
+    """A checkpoint is missing, damaged, of another format or can't be written; the message says what is intact."""
 
 
 class ResumeError(ValueError):

@@ -117,10 +117,33 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(checkpoint_module, "save_file", broken)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"step_00000002 can't be written \(no space left\).*are as they were"):
         save_checkpoint(tmp_path, content(2))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert load_checkpoint(tmp_path).step == 1
+
+
+def test_interrupted_write_of_shards_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_sharded_checkpoint(tmp_path, content(1), World())
+
+    def broken(*arguments, **keywords):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", broken)
+    with pytest.raises(CheckpointError, match=r"step_00000002 can't be written \(process 0 .*: no space left\)"):
+        save_sharded_checkpoint(tmp_path, content(2), World())
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert load_checkpoint(tmp_path).step == 1
+
+
+def test_what_a_killed_process_left_goes_with_the_next_checkpoint(tmp_path):
+    for name in (".step_00000001.77.part", ".step_00000002.part", ".step_00000001.77.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path, content(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def test_the_same_step_can_be_written_again(tmp_path):

@@ -112,6 +112,8 @@ def test_bench_prints_every_connection(capsys):
         (["train", "--recipe", "huge"], "there is no recipe 'huge'"),
         (["train", "--data", "no-such-folder"], "neither a file nor a folder"),
         (["train", "--steps", "0"], "steps"),
+        (["train", "--data.held-out", "2"], "Error parsing config.data: data.held_out is 2.0"),
+        (["train", "--threads", "-1"], "threads is -1"),
         (["train", "--resume", "no-such-run"], "does not exist"),
         (["train", "--convention", "v5"], "presets"),
         (["generate", "no-such-run"], "does not exist"),
@@ -128,7 +130,7 @@ def test_errors_are_one_clear_line(words, message, tmp_path, monkeypatch, capsys
         code = error.code
     captured = capsys.readouterr()
     assert code not in (0, None) and message in captured.err + captured.out
-    assert "Traceback" not in captured.err
+    assert "Traceback" not in captured.err and "tyro" not in captured.err
     assert not list(tmp_path.iterdir())
 
 
@@ -138,6 +140,20 @@ def test_a_run_is_not_overwritten(runs, text, capsys):
     assert main(["train", "--data", str(text), "--out", str(folder), *TINY]) == 1
     assert "already holds a run" in capsys.readouterr().err.replace("\n", " ")
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_line(text, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["train", "--data", str(text), "--out", str(tmp_path / "file" / "run"), *TINY]) == 1
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured and "file" in captured
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "inspect", "compare", "bench"])
+def test_every_command_has_its_own_help(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0 and f"usage: python -m mhc_layers {command}" in capsys.readouterr().out
 
 
 def test_help_names_the_recipes(capsys):
