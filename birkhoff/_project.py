@@ -140,11 +140,11 @@ def project(
     Notes
     -----
     A NaN or +inf poisons its own matrix alone (``Status.nonfinite_input``). If the logits hold -inf, the pattern of
-    zeros is analysed on the host (which waits for a device): without total support the status is
-    ``no_total_support``, and the matrix is the iterate, its zeros kept. Under ``torch.compile`` and functional
-    transforms that analysis is left out. An empty batch gives an empty result, and so does n = 0, for whatever maps
-    matrices to matrices; what answers a question about a matrix (certificates, decompositions, diagnostics) refuses
-    n = 0.
+    zeros is analysed on the host (which waits for a device): without total support the status is ``no_total_support``,
+    and the matrix is the iterate, its zeros kept. Under ``torch.compile`` and functional transforms, and for a
+    ``DTensor``, that analysis is left out. An empty batch gives an empty result, and so does n = 0, for whatever maps
+    matrices to matrices; what answers a question about a matrix (certificates, decompositions, diagnostics) refuses n =
+    0.
 
     Examples
     --------
@@ -269,7 +269,7 @@ def _report(logits: Any, projected: Any, counts: Any, solver: Solver, xp: Any, s
     if settled.store in ("bfloat16", "float16"):  # the iteration cannot answer for the rounding of the last cast
         target += 1.01 * unit_roundoff(settled.store)
     within = xp.logical_and(rows <= target, columns <= target)
-    status = _codes(xp, within, Status.converged, Status.max_iters_reached)
+    status = _xp.astype(xp, xp.logical_not(within), xp.int32)  # converged is 0, max_iters_reached 1
     zero_pattern = plain == -xp.inf
     if _binding(xp, "may_read")(plain) and bool(xp.any(zero_pattern)):
         total = diagnose_support(xp.logical_not(zero_pattern)) == Support.total
@@ -285,11 +285,6 @@ def _refused(solved: Any, status: Any, adjoint: Implicit, xp: Any) -> Any:
     sound = status <= int(Status.max_iters_reached)  # the other two concern the input, and matter more
     refused = xp.logical_and(sound, xp.logical_not(adjoint.trusts(_xp.detach(solved))))
     return xp.where(refused, xp.full_like(status, int(Status.ill_conditioned_adjoint)), status)
-
-
-def _codes(xp: Any, condition: Any, yes: Status, no: Status) -> Any:
-    zeros = xp.zeros(condition.shape, dtype=xp.int32, device=_xp.device(condition))
-    return xp.where(condition, zeros + int(yes), zeros + int(no))
 
 
 def _raise_on_trouble(result: Projection, solver: Solver) -> None:

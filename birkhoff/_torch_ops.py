@@ -11,6 +11,7 @@ Forward mode is left out while compiling: the compiler refuses a Function that d
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ Plan = tuple[Any, str, str, str]
 
 
 def _plan(tensor: Tensor, solver: Any, precision: Precision) -> Plan:
+    if hasattr(tensor, "placements"):  # a DTensor
+        _register_sharding()
     settled = precision.resolve(tensor.dtype)
     return solver, str(settled.compute), str(settled.accumulate), str(settled.store)
 
@@ -119,6 +122,17 @@ def _(info: Any, in_dims: tuple[Any, ...], logits: Tensor, *plan: str) -> tuple[
     (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
     matrix, counts = solve_forward(logits, *plan)
     return (join(matrix), join(counts)), (0, 0)
+
+
+@cache
+def _register_sharding() -> None:
+    """Tell ``torch.distributed.tensor``, which a distributed tensor has imported, that matrices are independent."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    for name, outputs, inputs in (("project_forward", 1, 1), ("project_vjp", 1, 2), ("solve_forward", 2, 1)):
+        ways = [([way] * outputs, [way] * inputs + [None] * 4) for way in (Replicate(), Shard(0))]
+        register_sharding(getattr(torch.ops.birkhoff, name).default)(lambda *_, ways=ways: ways)
 
 
 def _jvp(logits: Tensor, tangent: Tensor, plan: Plan) -> Tensor:
@@ -362,7 +376,7 @@ def may_read(tensor: Tensor) -> bool:
     """Whether the values can be looked at: not while tracing, capturing a graph, or under a functional transform."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    if tensor.is_meta or isinstance(tensor, FakeTensor):  # there are none
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or hasattr(tensor, "placements"):  # none, or in many processes
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

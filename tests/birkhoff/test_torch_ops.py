@@ -260,6 +260,30 @@ def test_tensors_without_values(solver: Any) -> None:
         assert birkhoff.project(torch.empty(3, 4, 4), solver).column_error.shape == (3,)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no process groups")
+@pytest.mark.parametrize("solver", [SinkhornKnopp(), SinkhornKnopp(tol=1e-3), Newton()], ids=to_text)
+def test_distributed_tensors_keep_their_shards(solver: Any) -> None:
+    """A batch that is sharded stays so, with its gradient: matrices are independent."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x = logits(4, 2, 3, 3).masked_fill(torch.eye(3) == 1, -torch.inf)
+    expected = birkhoff.project(x, solver, finish="exact")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+        sharded.requires_grad_(solver in (SinkhornKnopp(), Newton()))  # a gradient to a tolerance regroups the batch
+        result = birkhoff.project(sharded, solver, finish="exact")
+        assert result.matrix.placements == result.status.placements == (Shard(0),)
+        assert torch.equal(result.matrix.full_tensor(), expected.matrix)
+        assert torch.equal(result.status.full_tensor(), expected.status)
+        if sharded.requires_grad:
+            result.matrix.square().sum().backward()
+            assert sharded.grad.placements == (Shard(0),) and sharded.grad.full_tensor().isfinite().all()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_operators_have_their_own_rule_for_vmap(capfd: pytest.CaptureFixture[str]) -> None:
     """Not torch's loop over the batch, which warns."""
     x, solver = logits(3, 5, 4, 4), SinkhornKnopp(tol=1e-6, num_iters=100)
