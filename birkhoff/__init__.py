@@ -6,7 +6,9 @@
 ((2, 4, 4), True)
 """
 
+import importlib
 import importlib.metadata
+from typing import Any
 
 from birkhoff import adjoints, errors, parametrizations, precision, solvers
 from birkhoff._dispatch import explain
@@ -18,9 +20,11 @@ from birkhoff.precision import Precision
 from birkhoff.rounding import round_to_polytope
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("birkhoff-mhc")
+    if name in ("diagnostics", "large", "reference", "sparse"):  # imported when they are first used
+        return importlib.import_module(f"birkhoff.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

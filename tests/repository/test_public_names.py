@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -37,6 +39,20 @@ def test_names_are_exported(module: str, names: list[str]) -> None:
     exec(f"from {module} import {', '.join(names)}", scope)  # as a user writes it: finds submodules too
     assert set(names) <= set(scope)
     assert set(names) <= set(loaded.__all__)
+
+
+@pytest.mark.parametrize(
+    ("package", "rooms"),
+    [
+        ("birkhoff", ["diagnostics", "large", "sparse", "support", "rounding", "reference"]),
+        ("mhc_layers", ["functional", "hub", "plots", "recipes", "reference", "training", "parallel", "residual_maps"]),
+    ],
+)
+def test_rooms_are_attributes_of_their_package(package: str, rooms: list[str]) -> None:
+    """In a fresh process: elsewhere somebody may have imported them."""
+    lines = [f"import {package}", *(f"{package}.{room}.__name__" for room in rooms)]
+    lines += [f"assert not hasattr({package}, 'no_such_room')"]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("module", ["birkhoff", "birkhoff.solvers", "birkhoff.parametrizations", "mhc_layers"])
