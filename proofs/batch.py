@@ -180,9 +180,8 @@ def _has_total_support(sample: Sample) -> bool:
 
 
 def _some(subject: Subject, *, batch: int, minimum: int = 1) -> st.SearchStrategy[Sample]:
-    return strategies.samples(
-        batch=batch, sizes=tuple(n for n in (1, 2, 3, 4, 5, 8) if n >= minimum), dtypes=subject.backend.dtypes
-    )
+    sizes = tuple(n for n in (1, 2, 3, 4, 5, 8) if n >= minimum)
+    return strategies.samples(batch=batch, sizes=sizes, dtypes=subject.backend.dtypes, mixed=True)
 
 
 _claim = functools.partial(Claim, family="batch", provenance="sampled", reference="conventions: arrays")

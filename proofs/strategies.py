@@ -281,21 +281,29 @@ def samples(
     batch: int = 16,
     dtypes: Sequence[str] = ("float64", "float32"),
     zeros: bool = False,
+    mixed: bool = False,
 ) -> SearchStrategy[Sample]:
-    """Return the examples of a claim: stacks of `batch` matrices, each made by one generator.
+    """Return the examples of a claim: stacks of `batch` matrices, each made by one generator at one scale.
 
+    With ``mixed=True`` every matrix of a stack has a generator and a scale of its own, so that hard ones stand beside
+    easy ones: what looks at the whole stack shows.
     With ``zeros=True`` entries off a union of up to three permutations are ``-inf``, so that a doubly stochastic matrix
     with that pattern exists.
     """
 
     def make(name: str, n: int, scale: float, seed: int, dtype: str) -> Sample:
         rng = np.random.default_rng(seed)
-        values = GENERATORS[name](rng, (batch,), n, scale)
+        if mixed:
+            each = [(GENERATORS[rng.choice(generators)], float(rng.choice(scales))) for _ in range(batch)]
+            values = np.concatenate([generate(rng, (1,), n, height) for generate, height in each])
+        else:
+            values = GENERATORS[name](rng, (batch,), n, scale)
         if zeros:
             values = np.where(_patterns(rng, batch, n), values, -np.inf)
         top = 6e4 if dtype == "float16" else np.inf
         values = np.where(np.isfinite(values), np.clip(values, -top, top), values)
-        return Sample(round_to(values, dtype), dtype, seed, f"{name} n={n} scale={scale:g}")
+        note = f"mixed n={n}" if mixed else f"{name} n={n} scale={scale:g}"
+        return Sample(round_to(values, dtype), dtype, seed, note)
 
     return st.builds(
         make,
