@@ -209,10 +209,8 @@ def entropy(matrix: Any) -> Any:
     0.0
     """
     xp, values = _prepare(matrix)
-    positive = values > 0
-    logs = xp.log(xp.where(positive, values, xp.ones_like(values)))
-    total = xp.sum(xp.where(positive, values * logs, xp.zeros_like(values)), axis=(-2, -1))
-    return xp.abs(total) / values.shape[-1]
+    kept = xp.where(values <= 0, xp.ones_like(values), values)  # 1 log 1 = 0; NaN passes
+    return xp.abs(xp.sum(kept * xp.log(kept), axis=(-2, -1))) / values.shape[-1]
 
 
 def effective_number(matrix: Any) -> Any:
@@ -235,7 +233,8 @@ def effective_number(matrix: Any) -> Any:
     4.0
     """
     result = entropy(matrix)
-    return _xp.array_namespace(matrix).exp(result)
+    with _xp.quiet(matrix):
+        return _xp.array_namespace(matrix).exp(result)
 
 
 def distance_to_identity(matrix: Any) -> Any:
@@ -356,8 +355,11 @@ def _centred(matrix: Any) -> tuple[Any, Any]:
 
 
 def _frobenius(xp: Any, values: Any) -> Any:
-    """Frobenius norm, with the matrix axes kept."""
-    return xp.sqrt(xp.sum(values * values, axis=(-2, -1), keepdims=True))
+    """Frobenius norm, with the matrix axes kept; its derivative at zero is taken as zero."""
+    with _xp.quiet(values):
+        squared = xp.sum(values * values, axis=(-2, -1), keepdims=True)
+        zero = squared == 0
+        return xp.where(zero, squared, xp.sqrt(xp.where(zero, xp.ones_like(squared), squared)))
 
 
 def _spectral_radius(xp: Any, matrix: Any) -> Any:
@@ -369,7 +371,9 @@ def _spectral_radius(xp: Any, matrix: Any) -> Any:
             matrix = _xp.matmul(xp, matrix, matrix)
             exponent /= 2.0
         norm = _frobenius(xp, matrix)
-        safe = xp.where(norm > 0, norm, xp.ones_like(norm))
-        matrix = matrix / safe
-        log_scale = log_scale + exponent * xp.log(safe)
-    return xp.where(norm > 0, xp.exp(log_scale), xp.zeros_like(norm))[..., 0, 0]
+        safe = xp.where(norm == 0, xp.ones_like(norm), norm)
+        with _xp.quiet(matrix):
+            matrix = matrix / safe
+            log_scale = log_scale + exponent * xp.log(safe)
+    with _xp.quiet(matrix):
+        return xp.where(norm == 0, xp.zeros_like(norm), xp.exp(log_scale))[..., 0, 0]

@@ -143,5 +143,6 @@ def _shrink(xp: Any, values: Any, accumulate: Any) -> Any:
     for axis in (-1, -2):
         sums = xp.sum(values, axis=axis, keepdims=True, dtype=accumulate)
         divisor = xp.where(sums > 1.0, sums * margin, xp.ones_like(sums))
-        values = values / _xp.astype(xp, divisor, values.dtype)
+        with _xp.quiet(values):
+            values = values / _xp.astype(xp, divisor, values.dtype)
     return values

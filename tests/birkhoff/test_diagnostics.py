@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,26 @@ def test_half_precision_is_computed_in_float32() -> None:
     numbers = diagnostics.diagnose(matrix)
     assert numbers.row_error.dtype == torch.float32
     assert torch.equal(numbers.distance_to_uniform, diagnostics.distance_to_uniform(matrix.float()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    """A matrix of NaN is no permutation: every number of it is NaN, and its neighbour's are not."""
+    matrix = np.stack([np.full((3, 3), np.nan), np.eye(3)])
+    for name, numbers in dataclasses.asdict(diagnostics.diagnose(matrix)).items():
+        assert np.isnan(numbers[0]) and np.isfinite(numbers[1]), name
+    diagnostics.diagnose(np.full((3, 3), 1e200))  # no warning for what overflows either
+
+
+@pytest.mark.parametrize("distance", [diagnostics.distance_to_identity, diagnostics.second_singular_value])
+def test_distances_have_a_gradient_where_they_vanish(distance: Any) -> None:
+    """As a penalty they start there."""
+    matrix = (
+        torch.eye(3, dtype=torch.float64) if distance is diagnostics.distance_to_identity else torch.full((3, 3), 1 / 3)
+    )
+    matrix.requires_grad_()
+    distance(matrix).backward()
+    assert torch.equal(matrix.grad, torch.zeros_like(matrix))
 
 
 def test_nothing_looks_at_the_data() -> None:

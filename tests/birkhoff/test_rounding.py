@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -115,9 +116,10 @@ def test_polytope_points_stay(function: object) -> None:
 
 def test_bad_items_poison_only_themselves_and_inputs_are_kept() -> None:
     matrix = inputs("float64", 3)[:4]
-    matrix[1, 0, 2] = np.nan
+    matrix[1, 0, 2], matrix[1, 1, 1] = np.nan, np.inf
     before = matrix.copy()
-    rounded = round_to_polytope(matrix)
+    with warnings.catch_warnings(action="error"):
+        rounded = round_to_polytope(matrix)
     np.testing.assert_array_equal(matrix, before)
     assert np.isnan(rounded[1]).any()
     assert np.isfinite(rounded[[0, 2, 3]]).all()
