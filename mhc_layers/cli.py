@@ -212,12 +212,7 @@ def _train(command: Train, resumed: tuple[Checkpoint, Path] | None, console: Con
     if command.data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=command.data))
     if resumed is None:
-        folder = command.out or new_folder(command.runs, config)
-        if (folder / "checkpoints").exists():
-            raise ValueError(
-                f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out"
-            )
-        result = run(config, folder, console=console)
+        result = run(config, command.out or new_folder(command.runs, config), console=console)
     else:
         checkpoint, folder = resumed
         for note in check_resumable(resumed_config(checkpoint), config):

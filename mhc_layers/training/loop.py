@@ -209,7 +209,7 @@ class Trainer:
                     self.save()
             complete = self.step >= config.steps
             if self._last is not None:
-                self._check_finite(*self._last)
+                self._check_finite(self.step, *self._last)
             self.save()
         return complete
 
@@ -277,7 +277,7 @@ class Trainer:
         )
         norm = self.engine.clip(config.optim.clip_norm)
         if self.device.type == "cpu":
-            self._check_finite(loss, norm)
+            self._check_finite(self.step + 1, loss, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -294,7 +294,7 @@ class Trainer:
         logs = self.step % config.log_every == 0 or self.step == config.steps
         saves = self.step % config.checkpoint.every == 0
         if not on_cpu and (logs or saves):
-            self._check_finite(loss, norm)
+            self._check_finite(self.step, loss, norm)
         if logs or on_cpu:
             nats = float(loss)
             self.view.update(
@@ -332,12 +332,12 @@ class Trainer:
         self.view.say(f"step {self.step}: validation {self._bits:.3f} bits per byte")
         return self._bits
 
-    def _check_finite(self, loss: Tensor, norm: Tensor) -> None:
+    def _check_finite(self, step: int, loss: Tensor, norm: Tensor) -> None:
         if math.isfinite(float(loss)) and math.isfinite(float(norm)):
             return
         saved = f"the checkpoint of step {self._saved_step} is intact" if self._saved_step >= 0 else "none is saved"
         raise NonFiniteLossError(
-            f"step {self.step}: the loss is {float(loss)} and the gradient norm {float(norm)}; {saved}. Start again "
+            f"step {step}: the loss is {float(loss)} and the gradient norm {float(norm)}; {saved}. Start again "
             "with a lower --optim.learning-rate or a longer --schedule.warmup-steps"
         )
 

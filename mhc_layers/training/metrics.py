@@ -1,8 +1,7 @@
 """The log of a run: one JSON object a line, and the same scalars for TensorBoard.
 
 Every line has ``kind`` and ``step`` (steps done so far). Kinds are ``train``, ``eval``, ``monitor`` (per site and over
-depth), ``certificate`` and ``final``. Only times and
-what is derived from them differ between two identical runs.
+depth) and ``certificate``. Only times and what is derived from them differ between two identical runs.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a log."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -78,7 +78,8 @@ class ProgressView:
         """Show the numbers after ``step`` steps."""
         if not self.enabled:
             return
-        self._fields.update(loss=f"{loss:.4f}", bits=f"{bits_per_byte:.3f}", rate=f"{tokens_per_second / 1e3:.1f}k")
+        rate = f"{tokens_per_second / 1e3:.1f}k" if tokens_per_second > 0.0 else "-"  # not known before two steps
+        self._fields.update(loss=f"{loss:.4f}", bits=f"{bits_per_byte:.3f}", rate=rate)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, **self._fields)
             return

@@ -77,7 +77,14 @@ def run(
     -------
     RunResult
         With the report if the last step was reached.
+
+    Raises
+    ------
+    ValueError
+        If ``folder`` holds a run already and ``resume`` is not given.
     """
+    if resume is None:
+        _check_fresh(folder)
     console = console or Console()
     world = join_processes(choose_device(config.device).type)
     try:
@@ -103,6 +110,16 @@ def run(
         return RunResult(folder=folder, complete=True, report=report)
     finally:
         leave_processes(world)
+
+
+def _check_fresh(folder: Path) -> None:
+    """Refuse a folder with a run in it: two logs would become one."""
+    if (folder / "checkpoints").exists():
+        raise ValueError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out")
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{folder} already holds a run, which ended before its first checkpoint; delete it or choose another --out"
+        )
 
 
 def new_folder(root: Path, config: TrainConfig) -> Path:

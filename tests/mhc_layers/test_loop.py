@@ -187,10 +187,12 @@ def test_bfloat16_streams_keep_float32_parameters(tmp_path, text):
 
 
 def test_divergence_is_an_error_and_keeps_the_checkpoints(tmp_path, text):
-    config = tiny_config(text, steps=40)
+    config = tiny_config(text, steps=40, log_every=1)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1e12))
-    with pytest.raises(NonFiniteLossError, match="learning-rate"):
+    with pytest.raises(NonFiniteLossError, match=r"step (\d+): the loss.*learning-rate") as error:
         run(config, tmp_path / "run", console=quiet())
+    last = read_metrics(tmp_path / "run")["train"][-1]["step"]
+    assert error.value.args[0].startswith(f"step {last + 1}: ")
     for path in (tmp_path / "run" / "checkpoints").glob("step_*"):
         assert all(value.isfinite().all() for value in load_checkpoint(path).model.values())
 
@@ -266,6 +268,11 @@ def test_contradictions_are_refused(text, fields):
 
 def test_run_folders_are_never_reused(tmp_path, text):
     config = tiny_config(text)
+    (tmp_path / "killed").mkdir()  # before its first checkpoint
+    (tmp_path / "killed" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    with pytest.raises(ValueError, match="before its first checkpoint; delete it or"):
+        run(config, tmp_path / "killed", console=quiet())
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["metrics.jsonl"]
     first = new_folder(tmp_path, config)
     first.mkdir()
     assert (first.name, new_folder(tmp_path, config).name) == ("test-mhc", "test-mhc-2")
@@ -278,7 +285,7 @@ def test_log_of_times_and_broken_last_line(tmp_path):
         log.write("train", 1, loss=float("nan"), values=[1.0, 2.0])
         log.write("train", 2, loss=1.0)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"kind": "train", "st')
+    path.write_bytes(path.read_bytes() + b'{"kind": "train", "st\xff')
     assert [line["loss"] for line in read_metrics(tmp_path)["train"]] == [None, 1.0]
     with MetricsLog(tmp_path, resume_step=1) as log:
         log.write("train", 2, loss=3.0)
