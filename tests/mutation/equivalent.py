@@ -28,11 +28,15 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent("birkhoff.certificates", (("module", "2 ** 25", "2 * 25"), ("module", "2", "3"), ("module", "25", "26")),
                "the size of a block on a GPU: time and memory there, not values"),
     Equivalent("birkhoff.certificates", (
-        ("apply", "if self.small: parts.append(_sum([values[:, column, :] * vector[colum...",
-         "if not self.small: parts.append(_sum([values[:, column, :] * vector[c..."),
+        ("apply", "if self.small: parts.append(_sum([values[:, column, :] * vector[col...",
+         "if not self.small: parts.append(_sum([values[:, column, :] * vector..."),
     ), "which of two ways to the same sums: time, and bounds hold for any order of summation"),
     Equivalent("birkhoff.certificates", (("dominant_vector", "-1", "-2"), ("dominant_vector", "1", "2")),
                "the sums of a symmetric matrix over its rows are those over its columns"),
+    Equivalent("birkhoff.certificates", (
+        ("_flushes_subnormals", "(_TINY32, xp.float32) if single else (_TINY64, xp.float64)",
+         "(_TINY32, xp.float32) if not single else (_TINY64, xp.float64)"),
+    ), "a processor takes subnormal numbers of both precisions for zero, or of neither; only a GPU tells them apart"),
     Equivalent("birkhoff.certificates", (("_positive", "scaled > _TINY32", "scaled >= _TINY32"),), _TIE),
     Equivalent("birkhoff.solvers.sinkhorn_knopp", (("SinkhornKnopp", "12", "13"),),
                "from which n on sums are matrix products: time"),

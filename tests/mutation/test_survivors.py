@@ -253,6 +253,16 @@ def test_logarithms_cost_one_exponential_per_half_step_and_one_at_the_end() -> N
     assert counting.count == 2 * 5 + 1
 
 
+def test_a_relaxation_of_one_is_the_plain_iteration_to_the_bit() -> None:
+    """Of [SinkhornLog]: a weight of one must not add the rounding of a difference."""
+    solver, frame = solvers.SinkhornLog(), frame_for(NUMPY, np.float64, branch=True)
+    state = solver.init(30 * np.random.default_rng(0).normal(size=(20, 4, 4)), frame)
+    (plain,) = state
+    for axis in (-2, -1):
+        plain = _math.log_divide(NUMPY, plain, axis, np.float64, branch=True)
+    assert np.array_equal(solver.step(state, frame)[0], plain)
+
+
 @pytest.mark.parametrize("name", ["SinkhornKnopp"])
 def test_float32_of_a_wide_range_is_computed_in_float64(name: str) -> None:
     logits = np.random.default_rng(0).uniform(-150.0, 150.0, size=(20, 4, 4)).astype(np.float32)
