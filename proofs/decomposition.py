@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 
 from proofs import model, strategies
@@ -33,6 +35,10 @@ def _check(subject: Decomposer, sample: Sample) -> Observation:
     )
 
 
+def _has_matching(subject: Decomposer) -> str | None:
+    return None if importlib.util.find_spec("scipy") else "scipy is not installed, which finds the matchings"
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="decomposition_rebuilds",
@@ -48,6 +54,7 @@ CLAIMS: tuple[Claim, ...] = (
         lemmas=("dstoch_convex", "dstoch_perm"),
         samples=lambda subject: strategies.samples(sizes=(1, 2, 3, 4, 5), batch=3, dtypes=subject.backend.dtypes),
         check=_check,
+        applies=_has_matching,
         effort=0.5,
         itemwise=True,
     ),

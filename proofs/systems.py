@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -365,9 +364,7 @@ def builtin_systems(backend_names: Sequence[str]) -> list[System]:
     found: list[System] = []
     for name in backend_names:
         chosen = backend(name)
-        found.extend((certifier(chosen), rounder(chosen)))
-        if importlib.util.find_spec("scipy") is not None:
-            found.append(decomposer(chosen))
+        found.extend((certifier(chosen), rounder(chosen), decomposer(chosen)))
         found.extend(parametrized(one, chosen) for one in parametrizations.__all__)
         if name == "torch":
             conventions = importlib.import_module("mhc_layers.conventions").CONVENTIONS
