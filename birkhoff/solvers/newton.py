@@ -8,8 +8,9 @@ minimise
 
 Three things make it work in float32 at every range. The Hessian is a graph Laplacian and is solved without
 subtraction (:mod:`birkhoff._tangent`). The iterate is kept as :math:`\log P`, whose large entries are near zero, so
-steps are not lost in large potentials. A step is no longer than the logit range, is halved until the dual falls, and is
-followed by one Sinkhorn iteration, which never raises the dual. Derivation: ``docs/derivations/newton_dual``.
+steps are not lost in large potentials. A step moves no potential much further than the logit range, is halved until the
+dual falls, and is followed by one Sinkhorn iteration, which never raises it. Derivation:
+``docs/derivations/newton_dual``.
 """
 
 from __future__ import annotations

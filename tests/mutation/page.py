@@ -25,13 +25,15 @@ This page is written by `python -m tests.mutation.page`; do not edit it. {date}.
 each mutant in a process of its own on the claims of `proofs` and on the module's tests, those first that have rejected
 most. A mutant that all of them accept has survived. {tried}
 
-Survivors were read one by one: a missing test was written (most are in `tests/mutation/test_survivors.py` and
-`tests/birkhoff/test_certificate_formulas.py`), or the change alters nothing that is claimed, and the argument is listed
-below and in `tests/mutation/equivalent.py`. Argued does not always mean that the program is the same: some change a
-block size, the longest step or an allowance for rounding, and only a test that repeats the constant could tell. So both
-shares are given: rejected of all, and rejected of those that are not argued. An argument is kept by function and text,
-and covers every place in the function where the same text stands. Probes slower than 1.5 seconds were left out. "Other"
-means a crash outside a test, or a test that took more than twenty times (and five seconds) longer than it should.
+Survivors were read one by one. Where the code was redundant (a guard that nothing reaches, a constant that changes no
+result, the same computed twice) it was made simpler, and the mutant is gone; where a property had no test, one was
+written (most are in `tests/mutation/test_survivors.py`, `tests/birkhoff/test_certificate_formulas.py` and
+`tests/birkhoff/test_euclidean.py`); what is left is argued below and in `tests/mutation/equivalent.py`. Argued does not
+always mean that the program is the same: some change a tuning constant that only a test repeating it could tell. So
+both shares are given: rejected of all, and rejected of those that are not argued. An argument is kept by function and
+text, and covers every place in the function where the same text stands. Probes slower than 1.5 seconds were left out.
+"Other" means a crash outside a test, or a test that took more than twenty times (and five seconds) longer than it
+should.
 
 | module | tried | rejected | by a claim | by a test | other | argued equivalent | left | of all | of the rest |
 |---|---|---|---|---|---|---|---|---|---|
