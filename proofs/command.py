@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from proofs import claims, pool, report, runner, strategies
 from proofs._claim import Claim, Sample
@@ -78,6 +79,10 @@ def _selection(options: argparse.Namespace) -> Selection:
         backends=tuple(options.backend or ()),
         solvers=None if options.solver is None else tuple(options.solver),
     )
+
+
+def _error(text: str) -> Text:
+    return Text.assemble(("error:", "bold red"), f" {text}")  # brackets in it are no markup
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -168,7 +173,7 @@ def _run(
         except KeyboardInterrupt:
             pass
         except BrokenProcessPool as error:
-            console.print(f"[bold red]error:[/] a process died: {error}", highlight=False)
+            console.print(_error(f"a process died: {error}"))
     return list(outcomes.values())
 
 
@@ -232,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes = _run(console, chosen, selection, found, options, deadline, keep)
         keep(outcomes)
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        console.print(_error(str(error)))
         return 2
     if all(outcome.verdict == "not claimed" for outcome in outcomes):
         console.print("nothing to verify: no claim applies to this selection", highlight=False)

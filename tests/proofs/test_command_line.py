@@ -147,6 +147,7 @@ def test_list_prints_statements(capsys: pytest.CaptureFixture[str]) -> None:
         (["--projection", "no_such_module:f"], "cannot import 'no_such_module'"),
         (["--projection", "math:no_such_name"], "has no attribute 'no_such_name'"),
         (["--projection", "math:pi"], "not a function"),
+        (["--projection", "math:[/x]"], "no attribute '[/x]'"),
         (["--projection", "tests.proofs.module_that_exits:f"], "raised SystemExit: 0"),
         (["--claim", "nonsense"], "unknown claim 'nonsense'"),
         (["--solver", "Nonsense", "--backend", "numpy"], "birkhoff.solvers has"),
