@@ -389,7 +389,9 @@ def load_head(head: HyperHead, tensors: SiteTensors) -> None:
 
 def save_connections(model: Transformer, path: str | Path, naming: str = "deepseek") -> None:
     """Write all connection tensors of a model to one safetensors file, see :func:`connection_tensors`."""
-    save_file(connection_tensors(model, naming), Path(path))
+    tensors = connection_tensors(model, naming)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(path))
 
 
 def save_model(model: Transformer, folder: str | Path) -> None:

@@ -84,8 +84,8 @@ def test_model_round_trip_through_a_file(naming, convention, tmp_path):
     model = randomised(build(convention=convention))
     other = build(seed=0, convention=convention)  # the same body, other connections
     assert not torch.equal(other(tokens()), model(tokens()))
-    hub.save_connections(model, tmp_path / "hc.safetensors", naming)
-    loaded = hub.load_connections(other, tmp_path / "hc.safetensors", naming)
+    hub.save_connections(model, tmp_path / "new" / "hc.safetensors", naming)
+    loaded = hub.load_connections(other, tmp_path / "new" / "hc.safetensors", naming)
     assert len(loaded) == 4 * 3 + (3 if convention == "deepseek_v4" else 0)
     torch.testing.assert_close(other(tokens()), model(tokens()))
 
