@@ -172,3 +172,29 @@ def test_every_size_and_variant(n: int) -> None:
     tile = max(32, 128 // cuda._launch(cuda._FORWARD, n, False).lanes)
     for std, dtype, options in VARIANTS:
         check(n, std, dtype, (tile + 1, tile, tile - 1, 1) if options["num_iters"] < 20 else (5,), **options)
+
+
+@pytest.mark.parametrize("n", [4, 5, 13])
+@pytest.mark.usefixtures("host")
+def test_exact_zeros_and_bad_neighbours(n: int) -> None:
+    """Minus infinity is an exact zero without a gradient, a line of them stays; NaN stays in its matrix."""
+    rng = np.random.default_rng(n)
+    logits = torch.tensor(rng.normal(size=(9, n, n)), dtype=torch.float32)
+    grad = torch.tensor(rng.normal(size=(9, n, n)), dtype=torch.float32)
+    options = {"method": "knopp", "num_iters": 5, "first": "columns"}
+    clean = cuda.sinkhorn_forward(logits, **options), cuda.sinkhorn_backward(logits, grad, **options)
+    logits[1, 0, 1], logits[2, 2, 2], logits[4, :, 1] = torch.nan, torch.inf, -torch.inf
+    logits[3, 1, 2] = logits[3, 0, 0] = -torch.inf
+    matrix = cuda.sinkhorn_forward(logits, **options)
+    pulled = cuda.sinkhorn_backward(logits, grad, **options)
+    for got, wanted in zip((matrix, pulled), clean, strict=True):
+        assert torch.equal(got[5:], wanted[5:]) and torch.equal(got[0], wanted[0])
+        assert got[1].isnan().any() and got[2].isnan().any()
+    assert matrix[3, 1, 2] == matrix[3, 0, 0] == pulled[3, 1, 2] == pulled[3, 0, 0] == 0
+    zeros = slice(3, 5)
+    np.testing.assert_allclose(
+        matrix[zeros].numpy(), expected(logits[zeros].double().numpy(), **options), rtol=0, atol=1e-6
+    )
+    reference = expected_gradient(logits[3:4].double().numpy(), grad[3:4].double().numpy(), **options)
+    np.testing.assert_allclose(pulled[3:4].numpy(), reference, rtol=0, atol=3e-6)
+    assert pulled[4].isfinite().all()
