@@ -178,6 +178,9 @@ def _parse(arguments: list[str]) -> tuple[object, tuple[Checkpoint, Path] | None
     if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
         resume = _value(arguments, "--resume")
         if resume is not None:
+            for option, why in (("--out", "it stays in its directory"), ("--recipe", "it has its configuration")):
+                if _value(arguments, option) is not None:
+                    raise ValueError(f"{option} can't be given with --resume: a run is continued, and {why}")
             where = Path(_value(arguments, "--runs") or "runs")
             resumed = load_for_resume(latest_run(where) if resume == "latest" else Path(resume))
             default = resumed_config(resumed[0])
@@ -224,6 +227,8 @@ def _train(command: Train, resumed: tuple[Checkpoint, Path] | None, console: Con
 def _generate(command: Generate, console: Console) -> int:
     if command.num_bytes < 0:
         raise ValueError(f"--num-bytes is {command.num_bytes}; it must be 0 or more")
+    if not 0 <= command.seed < 2**63:
+        raise ValueError(f"--seed is {command.seed}; it must be 0 or more and below 2^63")
     model, _, _ = load_model(command.checkpoint, device=choose_device(command.device))
     text = sample_text(
         model,

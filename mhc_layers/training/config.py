@@ -212,9 +212,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
             raise ValueError(f"steps is {self.steps}, log_every {self.log_every}; both must be 1 or more")
-        for name in ("seed", "threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2^63")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}; it must be 0 (torch's choice) or more")
         if self.model.vocab_size != 256:
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size}; the training data are bytes, so it must be 256"
@@ -223,6 +224,12 @@ class TrainConfig:
             raise ValueError(
                 f"data.seq_len is {self.data.seq_len}, more than model.max_seq_len {self.model.max_seq_len}; lower the "
                 "first or raise the second"
+            )
+        prompt = 1 + len(self.eval.prompt.encode())
+        if self.eval.sample_bytes and prompt >= self.model.max_seq_len:
+            raise ValueError(
+                f"eval.prompt has {prompt} bytes with the document start, which leaves no room in model.max_seq_len "
+                f"{self.model.max_seq_len}; shorten it, or set eval.sample_bytes to 0"
             )
         if self.stream_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"stream_dtype is {self.stream_dtype!r}; accepted are 'auto', 'float32' and 'bfloat16'")

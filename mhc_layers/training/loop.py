@@ -114,13 +114,15 @@ class Trainer:
         Runs the model.
     precision : Precision
         Dtype of its streams.
+    num_parameters : int
+        Numbers that the whole model trains, whatever part of it is here.
     monitor : Monitor
         Measures its connections.
 
     Raises
     ------
     ResumeError
-        If the data differ from those of the checkpoint.
+        If the data differ from those of the checkpoint, or it has done more steps than are wanted.
     """
 
     def __init__(
@@ -138,6 +140,11 @@ class Trainer:
                 f"the data are not those of the checkpoint: sha256 {corpus.record.sha256[:12]} now, "
                 f"{str(resume.corpus.get('sha256'))[:12]} then. Give the same files with --data, or start a new run"
             )
+        if resume is not None and resume.step > config.steps:
+            raise ResumeError(
+                f"steps is {config.steps}, but the checkpoint has done {resume.step}; give more --steps, or the path "
+                "of an older checkpoint"
+            )
         self.config, self.corpus, self.folder = config, corpus, folder
         self.world = world or World()
         self.view = view or ProgressView(config.steps, enabled=False)
@@ -149,6 +156,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
         self.precision = choose_precision(config, self.device)
         model = Transformer(config.model).to(self.device)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine: Engine = parallelize(
             model, config.parallel, self.precision, world=self.world, compile=config.compile
         )

@@ -249,7 +249,7 @@ def _write_record(
     )
     record: dict[str, Any] = {
         "corpus": dataclasses.asdict(corpus.record),
-        "parameters": sum(parameter.numel() for parameter in trainer.engine.model.parameters()),
+        "parameters": trainer.num_parameters,
         "sessions": sessions,
     }
     write_atomically(path, json.dumps(record, indent=1) + "\n")
@@ -259,11 +259,10 @@ def _announce(
     config: TrainConfig, corpus: Corpus, folder: Path, trainer: Trainer, view: ProgressView, start: int
 ) -> None:
     record, model = corpus.record, config.model
-    count = sum(parameter.numel() for parameter in trainer.engine.model.parameters())
     view.say(f"run directory {folder}" + (f", from step {start}" if start else ""))
     view.say(
         f"model: {model.connection}, {model.num_streams} streams x {model.dim} channels, {model.num_layers} layers, "
-        f"{count:,} parameters on {trainer.device}"
+        f"{trainer.num_parameters:,} parameters on {trainer.device}"
     )
     view.say(
         f"text: {record.source}, {record.num_files} files, {record.train_bytes:,} bytes to train on, "

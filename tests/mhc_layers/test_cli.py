@@ -67,6 +67,9 @@ def test_resume_of_a_finished_run_and_of_the_latest(runs, capsys):
     assert main(["train", "--resume", str(runs / "tiny_cpu-mhc"), "--steps", "5"]) == 0
     assert "changed since the checkpoint: steps" in capsys.readouterr().out
     assert load_checkpoint(runs / "tiny_cpu-mhc").step == 5
+    assert main(["train", "--resume", str(runs / "tiny_cpu-mhc"), "--steps", "4"]) == 1
+    assert "steps is 4, but the checkpoint has done 5" in capsys.readouterr().err
+    assert json.loads((runs / "tiny_cpu-mhc" / "config.json").read_text())["steps"] == 5
 
 
 def test_generate_continues_the_prompt(runs, capsys):
@@ -114,6 +117,11 @@ def test_bench_prints_every_connection(capsys):
         (["train", "--steps", "0"], "steps"),
         (["train", "--data.held-out", "2"], "Error parsing config.data: data.held_out is 2.0"),
         (["train", "--threads", "-1"], "threads is -1"),
+        (["train", "--seed", str(2**63)], "below 2^63"),
+        (["train", "--eval.prompt", "x" * 511], "eval.prompt has 512 bytes"),
+        (["train", "--resume", "no-such-run", "--out", "there"], "--out can't be given with --resume"),
+        (["train", "--resume", "no-such-run", "--recipe", "tiny_cpu"], "--recipe can't be given with --resume"),
+        (["generate", "no-such-run", "--seed", "-1"], "--seed is -1"),
         (["train", "--resume", "no-such-run"], "does not exist"),
         (["train", "--convention", "v5"], "presets"),
         (["generate", "no-such-run"], "does not exist"),

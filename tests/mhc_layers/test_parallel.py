@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -183,6 +184,8 @@ def test_a_run_on_two_processes_equals_one_and_changes_its_layout(tmp_path):
         first, second = (read_metrics(tmp_path / folder)["train"] for folder in ("one", name))
         assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], rel=1e-3)
         assert (tmp_path / name / "report.json").is_file()
+        records = [json.loads((tmp_path / folder / "run.json").read_text()) for folder in ("one", name)]
+        assert records[0]["parameters"] == records[1]["parameters"]
     sharded = load_checkpoint(tmp_path / "fsdp")
     middle = tmp_path / "fsdp" / "checkpoints" / "step_00000005"
     assert (middle / "shards" / "__1_0.distcp").is_file() and not (middle / "model.safetensors").exists()
