@@ -21,7 +21,7 @@ from mhc_layers.config import TransformerConfig
 from mhc_layers.conventions import get_convention
 from mhc_layers.recipes import RECIPES, get_recipe
 from mhc_layers.training.bench import time_connections, timing_table
-from mhc_layers.training.checkpoint import Checkpoint
+from mhc_layers.training.checkpoint import Checkpoint, resumed_config
 from mhc_layers.training.compare import compare_runs, comparison_table
 from mhc_layers.training.config import TrainConfig
 from mhc_layers.training.data import load_corpus
@@ -34,7 +34,6 @@ from mhc_layers.training.run import (
     latest_run,
     load_for_resume,
     new_folder,
-    resumed_config,
     run,
 )
 from mhc_layers.training.traffic import traffic_table

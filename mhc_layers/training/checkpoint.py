@@ -40,6 +40,7 @@ from mhc_layers.parallel.sharded_checkpoint import (
     stored_shapes,
     wait_for_all,
 )
+from mhc_layers.training.config import TrainConfig, decode
 from mhc_layers.training.errors import CheckpointError
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "random_state",
     "restore_random_state",
     "restore_shards",
+    "resumed_config",
     "save_checkpoint",
     "save_sharded_checkpoint",
     "write_atomically",
@@ -216,6 +218,20 @@ def load_checkpoint(path: Path, *, read_sharded: bool = True) -> Checkpoint:
                     continue
                 raise CheckpointError(f"{error}. The checkpoint {other} is intact: give its path instead") from error
         raise CheckpointError(f"{error}. There is no intact checkpoint beside it; start the run again") from error
+
+
+def resumed_config(checkpoint: Checkpoint) -> TrainConfig:
+    """Return the configuration of a checkpoint's run.
+
+    Raises
+    ------
+    CheckpointError
+        If this version cannot read it.
+    """
+    try:
+        return decode(TrainConfig, checkpoint.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the configuration in {checkpoint.path} does not fit this version: {error}") from error
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -12,10 +12,9 @@ import birkhoff
 from mhc_layers.capture import capture_coefficients
 from mhc_layers.models.transformer import Transformer
 from mhc_layers.parallel.engine import Precision
-from mhc_layers.training.checkpoint import Checkpoint, load_checkpoint, load_parameters
-from mhc_layers.training.config import TrainConfig, decode
+from mhc_layers.training.checkpoint import Checkpoint, load_checkpoint, load_parameters, resumed_config
+from mhc_layers.training.config import TrainConfig
 from mhc_layers.training.data import evaluation_windows
-from mhc_layers.training.errors import CheckpointError
 from mhc_layers.training.monitor import Measurement, fetch, measure
 
 __all__ = ["Inspection", "SiteCertificate", "inspect_model", "load_model"]
@@ -68,10 +67,7 @@ def load_model(path: Path, *, device: torch.device | None = None) -> tuple[Trans
         If the checkpoint is missing, damaged or of another format, or this version cannot read its configuration.
     """
     checkpoint = load_checkpoint(path)
-    try:
-        config = decode(TrainConfig, checkpoint.config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the configuration in {checkpoint.path} does not fit this version: {error}") from error
+    config = resumed_config(checkpoint)
     model = Transformer(config.model)
     load_parameters(model, checkpoint.model)
     return model.to(device or torch.device("cpu")).eval(), config, checkpoint

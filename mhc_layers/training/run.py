@@ -18,14 +18,14 @@ from rich.console import Console
 from mhc_layers import plots
 from mhc_layers.parallel.mesh import World, join_processes, leave_processes
 from mhc_layers.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, write_atomically
-from mhc_layers.training.config import TrainConfig, decode, encode
+from mhc_layers.training.config import TrainConfig, encode
 from mhc_layers.training.data import Corpus, load_corpus
 from mhc_layers.training.errors import CheckpointError, ResumeError
 from mhc_layers.training.loop import StopRequest, Trainer, choose_device
 from mhc_layers.training.progress import ProgressView
 from mhc_layers.training.report import Report, make_report, show_report, write_report
 
-__all__ = ["RunResult", "check_resumable", "latest_run", "load_for_resume", "new_folder", "resumed_config", "run"]
+__all__ = ["RunResult", "check_resumable", "latest_run", "load_for_resume", "new_folder", "run"]
 
 _MAY_CHANGE = (
     "device",
@@ -157,20 +157,6 @@ def latest_run(root: Path) -> Path:
     if not found:
         raise CheckpointError(f"there is no run with a checkpoint in {root}; name one, or start a run with --recipe")
     return max(found)[1]
-
-
-def resumed_config(checkpoint: Checkpoint) -> TrainConfig:
-    """Return the configuration of a checkpoint's run.
-
-    Raises
-    ------
-    CheckpointError
-        If this version cannot read it.
-    """
-    try:
-        return decode(TrainConfig, checkpoint.config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the configuration in {checkpoint.path} does not fit this version: {error}") from error
 
 
 def check_resumable(before: TrainConfig, after: TrainConfig) -> list[str]:

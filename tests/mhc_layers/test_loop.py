@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 from mhc_layers.parallel.mesh import ParallelConfig
-from mhc_layers.training.checkpoint import load_checkpoint
+from mhc_layers.training.checkpoint import load_checkpoint, resumed_config
 from mhc_layers.training.config import TrainConfig, decode, encode
 from mhc_layers.training.data import load_corpus
 from mhc_layers.training.errors import CheckpointError, DataError, NonFiniteLossError, ResumeError
 from mhc_layers.training.loop import StopRequest, Trainer, _repeatable, choose_device, choose_precision
 from mhc_layers.training.metrics import TIMING_KEYS, MetricsLog, Throughput, read_metrics
-from mhc_layers.training.run import check_resumable, latest_run, load_for_resume, new_folder, resumed_config, run
+from mhc_layers.training.run import check_resumable, latest_run, load_for_resume, new_folder, run
 from tests.mhc_layers.training_cases import tiny_config, tiny_model, write_text
 
 
@@ -320,20 +320,25 @@ def test_first_signal_asks_second_interrupts():
 
 
 @pytest.mark.slow
-def test_control_c_saves_and_resume_ends_with_the_same_bits(tmp_path, text):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_or_killed_run_ends_with_the_same_bits(tmp_path, text, how):
     command = [
         sys.executable, "-m", "mhc_layers", "train", "--recipe", "tiny_cpu", "--data", str(text), "--device", "cpu",
         "--threads", "1", "--steps", "40", "--model.dim", "32", "--model.num-layers", "2", "--model.hidden-dim", "64",
         "--data.seq-len", "32", "--data.batch-size", "4", "--log-every", "1",
+        "--checkpoint.every", "4",
     ]  # fmt: skip
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True, timeout=240)
     process = subprocess.Popen([*command, "--out", str(tmp_path / "part")], stdout=subprocess.PIPE, text=True)
     log = tmp_path / "part" / "metrics.jsonl"
     while not (log.exists() and '"step": 5' in log.read_text()):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in output
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130 and "--resume" in output
     subprocess.run(
         [sys.executable, "-m", "mhc_layers", "train", "--resume", str(tmp_path / "part")],
         check=True, capture_output=True, timeout=240,

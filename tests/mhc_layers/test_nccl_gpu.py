@@ -20,9 +20,9 @@ from mhc_layers.parallel.engine import Precision, WholeModelEngine
 from mhc_layers.parallel.mesh import ParallelConfig, build_mesh, join_processes
 from mhc_layers.parallel.pipeline import PipelineEngine
 from mhc_layers.parallel.tensor_parallel import TensorParallel
-from mhc_layers.training.checkpoint import load_checkpoint
+from mhc_layers.training.checkpoint import load_checkpoint, resumed_config
 from mhc_layers.training.metrics import read_metrics
-from mhc_layers.training.run import load_for_resume, resumed_config, run
+from mhc_layers.training.run import load_for_resume, run
 from tests.mhc_layers.processes import spawn
 from tests.mhc_layers.test_cli import TINY
 from tests.mhc_layers.test_parallel import build, one_process, steps

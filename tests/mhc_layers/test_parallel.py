@@ -21,10 +21,10 @@ from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes, leav
 from mhc_layers.parallel.parallelize import parallelize
 from mhc_layers.parallel.pipeline import stage_sizes
 from mhc_layers.parallel.sharded_checkpoint import load_shards, save_shards
-from mhc_layers.training.checkpoint import load_checkpoint
+from mhc_layers.training.checkpoint import load_checkpoint, resumed_config
 from mhc_layers.training.metrics import read_metrics
 from mhc_layers.training.optim import OptimConfig, build_optimizers, load_optimizer_state, optimizer_state
-from mhc_layers.training.run import load_for_resume, resumed_config, run
+from mhc_layers.training.run import load_for_resume, run
 from tests.mhc_layers.processes import spawn
 from tests.mhc_layers.test_cli import TINY
 from tests.mhc_layers.training_cases import tiny_config, tiny_model, write_text
