@@ -126,14 +126,15 @@ class Newton:
         """The Newton step as a change of logits, none of them by more than ``reach``."""
         xp = frame.xp
         matrix = _tangent.lines_first(_math.exp_in_sum(xp, log_matrix, frame.branch), self.first, frame)
-        gap, noise = self._gap(matrix, xp)
+        gap, rounding = self._gap(matrix, xp)
+        noise = log_matrix.shape[frame.i] ** 0.5 * rounding
         step = _tangent.solve_laplacian(_tangent.weights(matrix, xp), gap, xp, noise=noise)
         step = _tangent.per_free_line(step, self.first, frame)
         step = step - 0.5 * (_peak(step, frame) - _peak(-step, frame))
         return step / _math.lower_bound(xp, _peak(step, frame) / reach, 1.0)
 
     def _gap(self, matrix: Any, xp: Any) -> tuple[Any, Any]:
-        """What each free line lacks to one, and the size of its rounding, ``(n, B)`` and ``(B,)``.
+        """What each free line lacks to one, and the rounding of one term of it, ``(n, B)`` and ``(B,)``.
 
         The exact lines are divided once more in the widest dtype: their own rounding would otherwise pile up in
         clusters of lines that are weakly linked to the rest.
@@ -144,8 +145,7 @@ class Newton:
         gap = 1.0 - xp.sum(wide, axis=0)
         gap = _xp.astype(xp, gap - xp.mean(gap, axis=0), matrix.dtype)
         largest = xp.max(xp.abs(gap), axis=0)
-        noise = unit_roundoff(widest) + unit_roundoff(matrix.dtype) * largest
-        return gap, gap.shape[0] * noise
+        return gap, unit_roundoff(widest) + unit_roundoff(matrix.dtype) * largest
 
     def _move(self, log_matrix: Any, step: Any, frame: Frame) -> Any:
         """Halve the step until the dual falls, take it, and normalise the exact side."""

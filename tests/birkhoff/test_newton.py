@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import birkhoff
-from birkhoff import reference
+from birkhoff import _math, reference
 from birkhoff._layout import frame_for
 from birkhoff._tangent import kl_derivative, solve_flows, solve_laplacian
 from birkhoff._xp import array_namespace
@@ -234,3 +234,14 @@ def test_the_range_that_bounds_a_step_is_that_of_the_finite_logits(std: float) -
     values[zeros] = -np.inf
     result = birkhoff.project(values, Newton(tol=1e-9))
     assert (result.status != int(birkhoff.Status.max_iters_reached)).all() and result.num_iters.max() <= 40
+
+
+@pytest.mark.parametrize(("n", "batch", "std", "mean"), [(16, 300, 30.0, 20.0), (64, 24, 10.0, 11.5)])
+def test_steps_are_few_on_a_device_without_float64(
+    n: int, batch: int, std: float, mean: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the right side keeps the rounding of its sums but for their mean and sources below sqrt(n) units."""
+    monkeypatch.setattr(_math, "accumulate_dtype", lambda xp, array: array.dtype)
+    values = (np.random.default_rng(21).normal(size=(batch, n, n)) * std).astype(np.float32)
+    result = birkhoff.project(values, Newton())
+    assert (result.status == 0).all() and result.num_iters.mean() <= mean

@@ -86,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, verdicts = list(mutants(target.path.read_text(encoding="utf-8"))), known(options.records)
         skip = set(verdicts)
         if options.again:
-            skip -= {key for key, verdict in verdicts.items() if verdict == "survived"}
+            argued_ones = {(target.module, mutant.identity) for mutant in found if _argued(target, mutant)}
+            skip -= {key for key, verdict in verdicts.items() if verdict == "survived"} - argued_ones
         wanted = [mutant for mutant in found if (target.module, mutant.identity) not in skip]
-        wanted = [mutant for mutant in wanted if not (options.again and _argued(target, mutant))]
         first, step = (int(number) for number in options.part.split("/"))
         wanted = wanted[first::step]
         try:
