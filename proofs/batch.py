@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, holds_where, same_bits, worst, worst_of
-from proofs.conditions import exact_side, iterates, kl, meets, no_eps, reports, takes_stacks, unfinished
+from proofs.conditions import (
+    exact_side,
+    iterates,
+    kl,
+    meets,
+    no_eps,
+    reports,
+    returns_a_matrix_only,
+    takes_stacks,
+    unfinished,
+)
 from proofs.measure import sums
 from proofs.subjects import Subject
 
@@ -268,11 +278,11 @@ CLAIMS: tuple[Claim, ...] = (
         statement="A projection by a fixed number of iterations returns before the device has computed it: no value of "
         "the device is read on the way.",
         reference="conventions: arrays; CUDA graphs",
-        domain="finite logits up to range 1e3, after a first call of the same shape",
+        domain="finite logits up to range 1e3, after a first call of the same shape; functions that return no status",
         method="torch raises where it waits for the device",
         samples=lambda subject: _some(subject, batch=4),
         check=_returns_at_once,
-        applies=meets(iterates, _waits_are_seen),
+        applies=meets(iterates, returns_a_matrix_only, _waits_are_seen),
         effort=0.1,
     ),
     _claim(

@@ -25,6 +25,7 @@ __all__ = [
     "offers_gradient",
     "rebuilds",
     "reports",
+    "returns_a_matrix_only",
     "stops_by_tolerance",
     "takes_stacks",
     "unfinished",
@@ -118,6 +119,11 @@ def rebuilds(subject: Subject) -> str | None:
 def reports(subject: Subject) -> str | None:
     """It returns errors and statuses beside the matrix."""
     return None if subject.project is not None else "returns a matrix only, no errors and no status"
+
+
+def returns_a_matrix_only(subject: Subject) -> str | None:
+    """It returns no status, for which values of the input have to be looked at."""
+    return None if subject.project is None else "reads its input on the host to give it a status"
 
 
 def stops_by_tolerance(subject: Subject) -> str | None:

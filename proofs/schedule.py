@@ -13,8 +13,8 @@ from proofs._claim import Claim
 
 __all__ = ["LONG_CLAIMS", "SLOW_SUBJECTS", "by_importance"]
 
-_MAIN = ("SinkhornKnopp", "SinkhornLog", "SinkhornDamped")
-"""The solvers that come first, in this order; those of :data:`SLOW_SUBJECTS` come last."""
+_MAIN = ("SinkhornKnopp", "SinkhornLog", "SinkhornDamped", "sinkhorn")
+"""The subjects that come first, in this order; those of :data:`SLOW_SUBJECTS` come last."""
 
 SLOW_SUBJECTS: dict[str, float] = {"Newton": 3.0, "Euclidean": 8.0}
 """How much longer than a Sinkhorn solver these take, on a CPU."""

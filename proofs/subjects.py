@@ -17,7 +17,15 @@ from proofs._claim import Sample
 from proofs.backends import Backend, Projector, backend, with_dtypes
 from proofs.measure import accuracy_allowance, finish_allowance, limit_allowance, marginal_allowance
 
-__all__ = ["Subject", "backend", "builtin_subjects", "load_function", "solver_subject", "user_subject"]
+__all__ = [
+    "Subject",
+    "backend",
+    "builtin_subjects",
+    "load_function",
+    "sinkhorn_subject",
+    "solver_subject",
+    "user_subject",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +224,7 @@ def user_subject(
 
 
 def builtin_subjects(backend_names: Sequence[str], solver_names: Sequence[str] | None = None) -> list[Subject]:
-    """Return every solver of ``birkhoff.solvers.__all__`` on every named backend, and the two finishes."""
+    """Return every solver of ``birkhoff.solvers.__all__`` on every named backend, the finishes, `birkhoff.sinkhorn`."""
     solvers = importlib.import_module("birkhoff.solvers")
     wanted = list(solvers.__all__) if solver_names is None else list(solver_names)
     unknown = [name for name in wanted if name not in solvers.__all__]
@@ -230,7 +238,34 @@ def builtin_subjects(backend_names: Sequence[str], solver_names: Sequence[str] |
         if solver_names is None:
             for finish in ("nonexpansive", "exact"):
                 found.append(solver_subject(solvers.SinkhornLog(), chosen, finish=finish))
+            found.append(sinkhorn_subject(chosen))
     return found
+
+
+def sinkhorn_subject(chosen: Backend, num_iters: int = 20, first: str = "columns") -> Subject:
+    """Wrap `birkhoff.sinkhorn`, which returns the matrix alone, on one backend."""
+    birkhoff = importlib.import_module("birkhoff")
+
+    def function(logits: Any) -> Any:
+        with chosen.kernels():
+            return birkhoff.sinkhorn(logits, num_iters, first=first)
+
+    def automatic(logits: Any, grad: Any) -> Any:
+        return chosen.autograd(function, logits, grad)
+
+    def rebuild(*, num_iters: int | None, first: str) -> Subject:
+        return sinkhorn_subject(chosen, 20 if num_iters is None else num_iters, first)
+
+    return Subject(
+        name="sinkhorn",
+        function=function,
+        backend=chosen,
+        last="columns" if first == "rows" else "rows",
+        num_iters=num_iters,
+        vjp=automatic if chosen.differentiates else None,
+        rebuild=rebuild,
+        elsewhere=lambda other: sinkhorn_subject(other, num_iters, first),
+    )
 
 
 def solver_subject(solver: Any, chosen: Backend, *, finish: str = "none") -> Subject:
