@@ -32,14 +32,14 @@ _DISTRIBUTIONS = {
 _HEAD = """# What other projections do
 
 This page is written by `python -m proofs.peers`; do not edit it. The same claims that this library is held to are tried
-on the projections of other libraries, through the adapters of `proofs/adapters.py`, profile `{profile}`, on {date}.
+on the projections of other libraries, through the adapters of `proofs/adapters.py`; written on {date}.
 
 **A cross is not a bug report.** A library that adds eps to its sums, or stops at a tolerance, computes another function
 on purpose; the table says in which statements the difference shows. What a cross does mean: code that relies on that
 statement must not rely on that function.
 
 `holds`: not refuted by the examples tried. `BROKEN`: refuted; the smallest failing example found is below.
-`-`: not claimed, for instance gradients of a NumPy function. `not tried`: the run ended before, or ended at an n that
+`-`: not claimed, for instance gradients of a NumPy function. Profile `quick` tries 20 stacks of examples a claim, `ci` 50. `not tried`: the run ended before, or ended at an n that
 the function does not take, which is not a breach.
 """
 
@@ -68,17 +68,21 @@ def _version(package: str) -> str:
 
 
 def _page(
-    results: dict[str, list[dict[str, Any]]], versions: dict[str, str], sizes: dict[str, list[int]], profile: str
+    results: dict[str, list[dict[str, Any]]],
+    versions: dict[str, str],
+    sizes: dict[str, list[int]],
+    profiles: dict[str, str],
 ) -> str:
     peers = [peer for peer in adapters.PEERS if peer.function in results]
-    lines = [_HEAD.format(profile=profile, date=datetime.date.today().isoformat()), "## The projections", ""]
-    lines += ["| name | what is called | package | last side | dtypes | n |", "|---|---|---|---|---|---|"]
+    lines = [_HEAD.format(date=datetime.date.today().isoformat()), "## The projections", ""]
+    lines += ["| name | what is called | package | last side | dtypes | n | profile |", "|---|---|---|---|---|---|---|"]
     for peer in peers:
         dtypes = ", ".join(peer.dtypes) if peer.dtypes else "all that the backend has"
         tried = sizes.get(peer.function) or peer.sizes
         tried_sizes = ", ".join(map(str, tried)) if tried else "any"
         version = versions[peer.function]
-        lines.append(f"| `{peer.function}` | {peer.about} | {version} | {peer.last} | {dtypes} | {tried_sizes} |")
+        facts = version, peer.last, dtypes, tried_sizes, profiles[peer.function]
+        lines.append(f"| `{peer.function}` | {peer.about} | {' | '.join(facts)} |")
     lines += ["", "## Which claim holds for which", ""]
     lines += ["| claim | " + " | ".join(f"`{peer.function}`" for peer in peers) + " |"]
     lines += ["|---|" + "---|" * len(peers)]
@@ -120,12 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, list[dict[str, Any]]] = {}
     versions: dict[str, str] = {}
     sizes: dict[str, list[int]] = {}
+    profiles: dict[str, str] = {}
     for path in options.add:
         document = json.loads(path.read_text(encoding="utf-8"))
         name = str(document["settings"]["projection"]).rpartition(":")[2]
         package = _DISTRIBUTIONS[next(peer.package for peer in adapters.PEERS if peer.function == name)]
         results[name] = document["outcomes"]
         sizes[name] = document["settings"].get("size") or []
+        profiles[name] = document["settings"]["profile"]
         found = document["versions"]
         versions[name] = f"{package} {found.get(package, '')}".strip() + f" on {found.get('device', 'a CPU')}"
     for peer in adapters.PEERS:
@@ -135,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason:
             print(f"{peer.function}: left out, {reason}")
             continue
+        profiles[peer.function] = options.profile
         results[peer.function] = run_peer(peer, runner.PROFILES[options.profile])
         if options.json:
             facts = report.about({"projection": f"proofs.adapters:{peer.function}", "profile": options.profile})
@@ -142,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (options.json / f"{peer.function}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         versions[peer.function] = _version(peer.package)
         print(f"{peer.function}: {sum(r['verdict'] == 'broken' for r in results[peer.function])} claims broken")
-    options.page.write_text(_page(results, versions, sizes, options.profile), encoding="utf-8")
+    options.page.write_text(_page(results, versions, sizes, profiles), encoding="utf-8")
     return 0
 
 

@@ -42,7 +42,7 @@ def test_the_page_shows_verdicts_and_examples_made_elsewhere(tmp_path: Path, mon
     chosen = claims.select(["last_side_exact", "kl_projection_of_small_logits"])
     outcomes = runner.run(chosen, [subject], Profile("test", 5, shrink_budget=50))
     stored, page = tmp_path / "liger.json", tmp_path / "peers.md"
-    report.write_json(stored, outcomes, report.about({"projection": "proofs.adapters:liger"}))
+    report.write_json(stored, outcomes, report.about({"projection": "proofs.adapters:liger", "profile": "ci"}))
     monkeypatch.setattr(adapters.Peer, "missing", lambda self: "left out of this test")
     assert peers.main([str(page), "--add", str(stored)]) == 0
     text = page.read_text()
