@@ -38,9 +38,9 @@ on the projections of other libraries, through the adapters of `proofs/adapters.
 on purpose; the table says in which statements the difference shows. What a cross does mean: code that relies on that
 statement must not rely on that function.
 
-`holds`: not refuted by the examples tried. `BROKEN`: refuted; the smallest failing example found is below.
-`-`: not claimed, for instance gradients of a NumPy function. Profile `quick` tries 20 stacks of examples a claim, `ci` 50. `not tried`: the run ended before, or ended at an n that
-the function does not take, which is not a breach.
+`holds`: not refuted by the examples tried: profile `quick` tries 20 stacks of them for a claim, `ci` 50. `BROKEN`:
+refuted; the smallest failing example found is below. `-`: not claimed, for instance gradients of a NumPy function.
+`not tried`: the run ended before, or ended at an n that the function does not take, which is not a breach.
 """
 
 
