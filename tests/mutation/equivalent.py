@@ -47,9 +47,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("_move", "dual <= rounding * span", "dual < rounding * span"),
         ("_move", "span <= _SURE_STEP", "span < _SURE_STEP"),
     ), "a step that meets a threshold exactly may be taken or halved"),
-    Equivalent("birkhoff.solvers.euclidean", (
-        ("module", "0.3", "0.6"), ("step", "1.0", "2.0"), ("_solve", "100.0", "200.0"), ("step", "xp.max", "xp.min"),
-    ), _TUNING),
+    Equivalent("birkhoff.solvers.euclidean", (("module", "0.3", "0.6"), ("step", "1.0", "2.0")), _TUNING),
     Equivalent("birkhoff.solvers.euclidean", (
         ("step", "value < best_objective - margin", "value <= best_objective - margin"),
         ("step", "value <= best_objective + margin", "value < best_objective + margin"),
@@ -60,10 +58,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ), "a threshold met exactly: either choice is as good"),
     Equivalent("birkhoff.solvers.euclidean", (("derivative", "2", "3"),),
                "a third pass on what the second left: rounding"),
-    Equivalent("birkhoff.solvers.euclidean", (
-        ("_solve", "eye * (counts + ridge + floor) - overlap + 1.0 / n",
-         "eye * (counts + ridge + floor) - overlap - 1.0 / n"),
-    ), "the term acts on vectors of equal entries alone, and the right side has no such part"),
     Equivalent("birkhoff._tangent", (("module", "1e-37", "2e-37"),),
                "the least weight: below every weight that matters"),
     Equivalent("birkhoff._tangent", (("solve_flows", "0", "1"),), "the other axis of a square"),
