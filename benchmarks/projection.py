@@ -215,7 +215,9 @@ def _compiled(case: Case, logits: np.ndarray, upstream: np.ndarray) -> Callable[
 def _pot_torch(x: Any, case: Case) -> Any:
     from ot.batch import bregman_projection_batch
 
-    return case.n * bregman_projection_batch(x.exp(), max_iter=case.num_iters, tol=0.0, grad="autodiff")["T"]
+    with x.device:  # it makes its vectors on the default device
+        found = bregman_projection_batch(x.exp(), max_iter=case.num_iters, tol=0.0, grad="autodiff")
+    return case.n * found["T"]
 
 
 def _pot_numpy(case: Case, logits: np.ndarray, upstream: np.ndarray) -> Callable[[], Any]:
