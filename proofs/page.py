@@ -87,13 +87,13 @@ One H100, 2026-11-24. The runs are named by their start.
 - 14:22, all backends, 13 processes, 174 s: 801 held, 6 were broken, 48 were not tried. `gradient_is_finite`,
   `zero_upstream_gives_zero` and `double_backward_works` of SinkhornKnopp on CUDA tensors: the first backward pass of a
   process launched a kernel in autograd's thread, which had no CUDA context yet. Mended in
-  `birkhoff.kernels.cuda.launcher`. The runner had kept the smallest example, on which the claim then held, and lost what
-  was raised; now it keeps the first finding. `half_is_float32_stored` of the exact finish on every backend: the claim
-  took the distance of neighbouring halves at 0 for 2^-11, and allowed nothing for two float32 results that round to
-  different halves. The claim was wrong and is mended.
+  `birkhoff.kernels.cuda.launcher`. The runner had kept the smallest example, on which the claim then held, and lost
+  what was raised; now it keeps the first finding. `half_is_float32_stored` of the exact finish on every backend: the
+  claim took the distance of neighbouring halves at 0 for 2^-11, and allowed nothing for two float32 results that round
+  to different halves. The claim was wrong and is mended.
 - Before, an earlier form of the suite, one process for each solver: on CuPy 174 held and 4 were broken, on CUDA tensors
-  159 and 4. `any_memory_layout`: logits whose elements are evenly strided, `x[..., ::2]` of a stack of 1 x 1 matrices for
-  one, reached the kernels as a view and were read as if contiguous. Mended in `birkhoff._xp.contiguous`.
+  159 and 4. `any_memory_layout`: logits whose elements are evenly strided, `x[..., ::2]` of a stack of 1 x 1 matrices
+  for one, reached the kernels as a view and were read as if contiguous. Mended in `birkhoff._xp.contiguous`.
   `provenance_is_never_upgraded`, `certify` on CuPy: the claim asked for `exact` of the identity in every dtype. CuPy
   converts float32 with subnormal numbers taken for zero, so a zero there may hide an entry, and `certify` says
   `enclosure`. The claim was wrong and speaks of float64.
@@ -104,9 +104,9 @@ Dead ends of the suite itself:
   as for 1000. Examples of one size and dtype are checked as one stack.
 - A time limit sends its signal twice, and the second one broke the report: a run lost everything it had seen. A second
   signal is ignored, and the JSON is written anew after each claim, so that even a killed run keeps what it saw.
-- Processes that begin at the same time compile the same kernels at the same time: in the run of 14:22 Newton on Triton
-  took 436 of 1611 seconds of claims, nearly all of it for that. A run of the whole suite is shorter after a run that calls
-  every kernel once, each in one process.
+- Processes that begin at the same time compile the same kernels at the same time: in the run of 14:22 Newton took 436
+  seconds of claims on Triton and 64 on CUDA C++. The last run comes after one that calls every kernel once, each in one
+  process.
 """
 
 _REPORT = """# Claims, measured: {devices}
