@@ -67,7 +67,7 @@ def _decimal(ball: Any, digits: int) -> str:
     flint.ctx.prec = 4 * digits + 64
     try:
         scaled = (ball * flint.arb(10) ** digits).mid()
-        if not float(ball.rad().upper()) < 10.0 ** -min(digits + 2, 300):
+        if not ball.rad() * flint.arb(10) ** (digits + 2) < 1:  # as balls: floats end at 1e-308
             raise ArithmeticError("the enclosure is wider than the digits asked for")
         whole = int((scaled + flint.arb(0.5)).floor().unique_fmpz())
     finally:

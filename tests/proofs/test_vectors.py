@@ -23,6 +23,19 @@ def test_the_generator_writes_the_committed_files(name: str) -> None:
     assert json.loads(path.read_text())["cases"] == generate.cases(name)
 
 
+def test_digits_that_are_not_proven_are_not_written() -> None:
+    flint = pytest.importorskip("flint")
+    saved = flint.ctx.prec
+    try:
+        flint.ctx.prec = 2000  # about 600 digits
+        third = flint.arb(1) / 3
+    finally:
+        flint.ctx.prec = saved
+    assert generate._decimal(third, 500) == "0." + "3" * 500
+    with pytest.raises(ArithmeticError, match="wider"):
+        generate._decimal(third, 1000)
+
+
 def test_the_model_reproduces_the_iterates() -> None:
     for name in ("iterates_exact", "iterates_decimal"):
         for case in vectors.load(name):
