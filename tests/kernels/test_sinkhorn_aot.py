@@ -40,7 +40,7 @@ def compiled(capability: int, n: int, dtype: torch.dtype = torch.float32, **opti
 
 @pytest.mark.parametrize(
     ("capability", "n"),
-    [*((90, n) for n in (1, 2, 3, 4, 6, 8, 16, 32)), *((other, n) for other in (80, 100) for n in (2, 4, 8))],
+    [*((90, n) for n in (1, 2, 3, 4, 6, 7, 8, 12, 16, 32)), *((other, n) for other in (80, 100) for n in (2, 4, 8))],
 )
 def test_no_spills(capability: int, n: int) -> None:
     for name, resources in compiled(capability, n).items():
@@ -55,8 +55,9 @@ def test_dtypes_compile(dtype: torch.dtype) -> None:
         assert resources.registers <= 255
 
 
-def test_damped_rows_first_and_capped_compile() -> None:
-    found = compiled(90, 4, method="damped", first="rows", eps_start=1e-6, eps_den=1e-6, range_cap=30.0)
+@pytest.mark.parametrize("n", [4, 8])
+def test_damped_rows_first_and_capped_compile(n: int) -> None:
+    found = compiled(90, n, method="damped", first="rows", eps_start=1e-6, eps_den=1e-6, range_cap=30.0)
     assert all(resources.spill_bytes == 0 for resources in found.values())
 
 
@@ -73,6 +74,15 @@ def test_matrices_in_a_lane_exchange_nothing_while_they_iterate() -> None:
     assert len(found) >= 2 and all("rcp.approx" in loop for loop in found)
     assert not any("shfl.sync" in loop or "bar.sync" in loop for loop in found)
     assert "div.full.f32" not in forward.assembly
+
+
+@pytest.mark.parametrize(("n", "edge", "doublings"), [(8, 4, 1), (12, 3, 2)])
+def test_a_grid_of_lanes_exchanges_sums_alone(n: int, edge: int, doublings: int) -> None:
+    """One exchange for each sum and doubling of the grid, and no barrier: no layout changes in an iteration."""
+    found = loops(compiled(90, n, num_iters=7)["sinkhorn_backward_kernel"].assembly)
+    linear = [loop for loop in found if "rcp.approx" in loop and "ex2.approx" not in loop]
+    assert linear and all(loop.count("shfl.sync") == 2 * edge * doublings for loop in linear)
+    assert not any("bar.sync" in loop for loop in found)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

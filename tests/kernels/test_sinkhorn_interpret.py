@@ -51,7 +51,7 @@ def check(rng: np.random.Generator, n: int, std: float, dtype: torch.dtype = tor
 
 
 @pytest.mark.parametrize("first", ["columns", "rows"])
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9])
 def test_forward_and_backward(rng: np.random.Generator, n: int, first: str) -> None:
     check(rng, n, 1.0, first=first)
 
@@ -68,13 +68,13 @@ def test_segments_of_the_backward(rng: np.random.Generator, num_iters: int) -> N
 
 
 @pytest.mark.parametrize("first", ["columns", "rows"])
-@pytest.mark.parametrize("n", [2, 4, 5])
+@pytest.mark.parametrize("n", [2, 4, 5, 17])
 def test_damped(rng: np.random.Generator, n: int, first: str) -> None:
     check(rng, n, 3.0, method="damped", first=first, **EPS)
     check(rng, n, 3.0, method="damped", first=first, num_iters=4, eps_start=0.1, eps_den=0.05)  # every term counts
 
 
-@pytest.mark.parametrize("n", [3, 4, 6])
+@pytest.mark.parametrize("n", [3, 4, 6, 7, 17])
 def test_wide_logits(rng: np.random.Generator, n: int) -> None:
     check(rng, n, 10.0)  # more than 2^-60 below: unpaired reciprocals
     check(rng, n, 100.0, num_iters=4)  # more than 2^-100 below: logarithms
@@ -86,13 +86,13 @@ def test_dtypes(rng: np.random.Generator, dtype: torch.dtype) -> None:
     check(rng, 5, 2.0, dtype, num_iters=4)
 
 
-@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("n", [4, 5, 17])
 def test_range_cap(rng: np.random.Generator, n: int) -> None:
     check(rng, n, 5.0, range_cap=3.0, num_iters=5)
     check(rng, n, 5.0, range_cap=3.0, num_iters=5, first="rows")
 
 
-@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("n", [4, 5, 17])
 def test_equal_largest_logits_share_the_gradient_of_a_raised_one(rng: np.random.Generator, n: int) -> None:
     logits = 2.0 * torch.tensor(rng.integers(-1, 2, size=(6, n, n)), dtype=torch.float32)
     grad = torch.tensor(rng.normal(size=(6, n, n)), dtype=torch.float32)
@@ -114,7 +114,7 @@ def test_vertices() -> None:
     )
 
 
-@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("n", [4, 5, 17])
 def test_bad_neighbours_and_exact_zeros(rng: np.random.Generator, n: int) -> None:
     logits = torch.tensor(rng.normal(size=(7, n, n)), dtype=torch.float32)
     logits[1, 0, 1] = torch.nan
@@ -130,6 +130,25 @@ def test_bad_neighbours_and_exact_zeros(rng: np.random.Generator, n: int) -> Non
         matrix[good].numpy(), expected(logits[good].double().numpy(), **options), rtol=0, atol=1e-6
     )
     assert matrix[3, 1, 2] == 0
+    grad = torch.tensor(rng.normal(size=(7, n, n)), dtype=torch.float32)
+    pulled = sinkhorn.sinkhorn_backward(logits, grad, **options)
+    finite = [0, 3, 5]
+    reference = expected_gradient(logits[finite].double().numpy(), grad[finite].double().numpy(), **options)
+    np.testing.assert_allclose(pulled[finite].numpy(), reference, rtol=0, atol=3e-6)
+    assert pulled[3, 1, 2] == 0 and pulled[[4, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 16, 17])
+def test_edges_of_tiles(rng: np.random.Generator, n: int) -> None:
+    """A program's last matrices: the bits of a larger batch."""
+    block = max(sinkhorn._entry(table, n)[1] for table in (sinkhorn._FORWARD, sinkhorn._BACKWARD))
+    logits = torch.tensor(rng.normal(size=(2 * block + 1, n, n)), dtype=torch.float32)
+    grad = torch.tensor(rng.normal(size=(2 * block + 1, n, n)), dtype=torch.float32)
+    matrix = sinkhorn.sinkhorn_forward(logits, num_iters=2)
+    pulled = sinkhorn.sinkhorn_backward(logits, grad, num_iters=2)
+    for batch in sorted({1, block - 1, block, block + 1} - {0}):
+        assert torch.equal(sinkhorn.sinkhorn_forward(logits[:batch], num_iters=2), matrix[:batch])
+        assert torch.equal(sinkhorn.sinkhorn_backward(logits[:batch], grad[:batch], num_iters=2), pulled[:batch])
 
 
 def test_empty_batch() -> None:

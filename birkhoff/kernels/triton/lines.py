@@ -1,8 +1,9 @@
 """Operations on the lines (rows and columns) of a batch of n x n matrices held on chip, in either form of tile.py.
 
-``LANE=True``: a matrix is a tuple of n*n tensors of one shape, row-major, a vector a tuple of n. ``LANE=False``: a
-matrix is a tensor ``(BLOCK, N, N)``, a vector ``(BLOCK, N)``. AXIS 0 runs over rows, 1 over columns: sums over AXIS 0
-give one number a column.
+``LANE=True``: a matrix is a tuple of n*n tensors of one shape, row-major, a vector a tuple of n. Tensors ``(BLOCK,)``
+hold a matrix in a lane; with tensors ``(BLOCK, G, G)`` each lane of a grid holds an n x n block of a larger matrix, a
+vector's tensors are 1 along its AXIS, and sums go on over the grid. ``LANE=False``: a matrix is a tensor ``(BLOCK, N,
+N)``, a vector ``(BLOCK, N)``. AXIS 0 runs over rows, 1 over columns: sums over AXIS 0 give one number a column.
 """
 # ruff: noqa: RUF005  (Triton compiles tuple concatenation, not unpacking)
 
@@ -26,11 +27,18 @@ _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.ver
 
 @triton.jit
 def unpack(values, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Split ``(BLOCK, WIDTH)`` into a tuple of WIDTH tensors ``(BLOCK,)``."""
+    """Split ``(BLOCK, WIDTH)`` into a tuple of WIDTH tensors ``(BLOCK,)``, or ``(BLOCK, G, G, WIDTH)`` alike."""
+    GRID: tl.constexpr = values.shape[1] if len(values.shape) == 4 else 1
     if WIDTH == 1:
-        return (tl.reshape(values, (BLOCK,)),)
+        if GRID == 1:
+            return (tl.reshape(values, (BLOCK,)),)
+        else:
+            return (tl.reshape(values, (BLOCK, GRID, GRID)),)
     else:
-        even, odd = tl.split(tl.reshape(values, (BLOCK, WIDTH // 2, 2)))
+        if GRID == 1:
+            even, odd = tl.split(tl.reshape(values, (BLOCK, WIDTH // 2, 2)))
+        else:
+            even, odd = tl.split(tl.reshape(values, (BLOCK, GRID, GRID, WIDTH // 2, 2)))
         evens = unpack(even, BLOCK, WIDTH // 2)
         odds = unpack(odd, BLOCK, WIDTH // 2)
         out = ()
@@ -41,7 +49,7 @@ def unpack(values, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def pack(values, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """Join the first COUNT of a tuple of tensors ``(BLOCK,)`` into ``(BLOCK, WIDTH)``; the rest repeats the first."""
+    """The inverse of :func:`unpack` for the first COUNT tensors of a tuple; the rest repeats the first."""
     out = ()
     for k in tl.static_range(WIDTH):
         if k < COUNT:
@@ -54,14 +62,18 @@ def pack(values, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def _pack(values, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     if WIDTH == 1:
-        return tl.reshape(values[0], (BLOCK, 1))
+        return tl.expand_dims(values[0], len(values[0].shape))
     else:
         even = ()
         odd = ()
         for k in tl.static_range(WIDTH // 2):
             even = even + (values[2 * k],)
             odd = odd + (values[2 * k + 1],)
-        return tl.reshape(tl.join(_pack(even, BLOCK, WIDTH // 2), _pack(odd, BLOCK, WIDTH // 2)), (BLOCK, WIDTH))
+        both = tl.join(_pack(even, BLOCK, WIDTH // 2), _pack(odd, BLOCK, WIDTH // 2))
+        if len(both.shape) == 3:
+            return tl.reshape(both, (BLOCK, WIDTH))
+        else:
+            return tl.reshape(both, (BLOCK, both.shape[1], both.shape[2], WIDTH))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -72,12 +84,41 @@ def _pack(values, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 def constant(m, value: tl.constexpr, n: tl.constexpr, AXIS: tl.constexpr, LANE: tl.constexpr):
     """A vector of constants, as long as a reduction of m over AXIS."""
     if LANE:
+        if len(m[0].shape) == 1:
+            one = tl.full(m[0].shape, value, m[0].dtype)
+        elif AXIS == 0:
+            one = tl.full((m[0].shape[0], 1, m[0].shape[2]), value, m[0].dtype)
+        else:
+            one = tl.full((m[0].shape[0], m[0].shape[1], 1), value, m[0].dtype)
         out = ()
         for _ in tl.static_range(n):
-            out = out + (tl.full(m[0].shape, value, m[0].dtype),)
+            out = out + (one,)
         return out
     else:
         return tl.full((m.shape[0], m.shape[1]), value, m.dtype)
+
+
+@triton.jit
+def sum_over_grid(x, AXIS: tl.constexpr):
+    """Sum over the lanes that share a line, if several do."""
+    if len(x.shape) == 3:
+        return tl.sum(x, AXIS + 1, keep_dims=True)
+    else:
+        return x
+
+
+@triton.jit
+def max_over_grid(x, AXIS: tl.constexpr):
+    if len(x.shape) == 3:
+        return tl.max(x, AXIS + 1, keep_dims=True)
+    else:
+        return x
+
+
+@triton.jit
+def fused(x, y, z):
+    """x * y + z, rounded once; x and y may be tensors of a vector."""
+    return tl.fma(tl.broadcast_to(x, z.shape), tl.broadcast_to(y, z.shape), z)
 
 
 @triton.jit
@@ -209,12 +250,12 @@ def sums(m, v, n: tl.constexpr, AXIS: tl.constexpr, LANE: tl.constexpr):
             if AXIS == 0:
                 total = m[i] * v[0]
                 for k in tl.static_range(1, n):
-                    total = tl.fma(m[k * n + i], v[k], total)
+                    total = fused(m[k * n + i], v[k], total)
             else:
                 total = m[i * n] * v[0]
                 for k in tl.static_range(1, n):
-                    total = tl.fma(m[i * n + k], v[k], total)
-            out = out + (total,)
+                    total = fused(m[i * n + k], v[k], total)
+            out = out + (sum_over_grid(total, AXIS),)
         return out
     else:
         return tl.sum(m * tl.expand_dims(v, 2 - AXIS), AXIS + 1)
@@ -288,6 +329,7 @@ def peak(m, n: tl.constexpr, AXIS: tl.constexpr, LANE: tl.constexpr):
                 top = m[i * n]
                 for k in tl.static_range(1, n):
                     top = tl.maximum(top, m[i * n + k])
+            top = max_over_grid(top, AXIS)
             out = out + (tl.where(top == float("-inf"), 0.0, top),)
         return out
     else:
@@ -334,7 +376,7 @@ def line_sums(m, n: tl.constexpr, AXIS: tl.constexpr, LANE: tl.constexpr):
                 total = m[i * n]
                 for k in tl.static_range(1, n):
                     total += m[i * n + k]
-            out = out + (total,)
+            out = out + (sum_over_grid(total, AXIS),)
         return out
     else:
         return tl.sum(m, AXIS + 1)
@@ -361,9 +403,9 @@ def add_outer(dm, q, v, n: tl.constexpr, AXIS: tl.constexpr, LANE: tl.constexpr)
         for i in tl.static_range(n):
             for j in tl.static_range(n):
                 if AXIS == 0:
-                    out = out + (tl.fma(v[i], q[j], dm[i * n + j]),)
+                    out = out + (fused(v[i], q[j], dm[i * n + j]),)
                 else:
-                    out = out + (tl.fma(q[i], v[j], dm[i * n + j]),)
+                    out = out + (fused(q[i], v[j], dm[i * n + j]),)
         return out
     else:
         return dm + tl.expand_dims(v, 2 - AXIS) * tl.expand_dims(q, AXIS + 1)

@@ -184,12 +184,12 @@ def _pair_solution(x):
 
 @triton.jit(do_not_specialize=["batch", "num_iters"])
 def newton_forward_kernel(
-    logits, matrix, counts, batch, num_iters, target, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    logits, matrix, counts, batch, num_iters, target, n: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr, COLUMNS_FIRST: tl.constexpr, RANGE_CAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK matrices: steps until all of the program's matrices are done."""
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
-    x = load_matrices(logits, batch, n, N, BLOCK, True, COMPUTE)
+    x = load_matrices(logits, batch, n, WIDTH, BLOCK, 1, COMPUTE)
     which = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     target = tl.cast(target, COMPUTE)
     e = tile.exponents(x, n, FIRST, RANGE_CAP, True)
@@ -208,7 +208,7 @@ def newton_forward_kernel(
             slow, slow_counts = _logarithmic_solution(e, chosen, target, num_iters, n, FIRST)
             p = lines.pick(chosen != 0, slow, p, n * n, True)
             done_in = tl.where(chosen != 0, slow_counts, done_in)
-    store_matrices(matrix, p, batch, n, N, BLOCK, True)
+    store_matrices(matrix, p, batch, n, WIDTH, BLOCK, 1)
     tl.store(counts + which, done_in, mask=which < batch)
 
 
@@ -249,7 +249,7 @@ def newton_forward(
     batch, n, block = logits.shape[0], logits.shape[-1], 32
     with device_of(logits):
         newton_forward_kernel[(triton.cdiv(batch, block),)](
-            logits, matrix, counts, batch, num_iters, 0.5 * tol, n=n, N=triton.next_power_of_2(n), BLOCK=block,
+            logits, matrix, counts, batch, num_iters, 0.5 * tol, n=n, WIDTH=triton.next_power_of_2(n * n), BLOCK=block,
             COMPUTE=tl.float64 if logits.dtype == torch.float64 else tl.float32, COLUMNS_FIRST=first == "columns",
             RANGE_CAP=None if range_cap is None else float(range_cap), num_warps=1,
         )  # fmt: skip

@@ -2,9 +2,11 @@ r"""Sinkhorn's recurrences on values that are already on chip, forward and exact
 
 A batch of n x n matrices is held in one of two forms, chosen by the constexpr ``LANE``:
 
-* ``LANE=True``: a tuple of n*n tensors of one shape, row-major; each element position is one matrix. Sums over rows and
-  columns are then plain additions and no lane talks to another. Best for n <= 4 (forward: n <= 8). :func:`unpack` and
-  :func:`pack` convert from and to a tensor ``(BLOCK, WIDTH)`` with WIDTH a power of two, at least n*n.
+* ``LANE=True``: a tuple of n*n tensors ``(BLOCK,)``, row-major; each element position is one matrix. Sums over rows and
+  columns are then plain additions and no lane talks to another. Best for n <= 4 (forward: n <= 8). For larger n with
+  ``GRID=G``, a tuple of E*E tensors ``(BLOCK, G, G)``, E = ceil(n / G): lane (r, c) of a grid of G*G holds the E x E
+  block at row r E and column c E, and sums take log2(G) exchanges more; entries beyond n are ignored and come back as
+  zero. :func:`unpack` and :func:`pack` convert from and to one tensor with a last axis of WIDTH, a power of two.
 * ``LANE=False``: one tensor ``(BLOCK, N, N)``, N the power of two that holds n; entries beyond n are ignored and come
   back as zero.
 
@@ -54,6 +56,32 @@ _LOG = tl.constexpr(2)
 
 
 @triton.jit
+def _inside(i: tl.constexpr, j: tl.constexpr, n: tl.constexpr, EDGE: tl.constexpr, GRID: tl.constexpr):
+    """Which lanes of the grid have their block's entry (i, j) in the matrix. Shape (1, GRID, GRID)."""
+    begin = tl.arange(0, GRID) * EDGE
+    return ((begin + i < n)[:, None] & (begin + j < n)[None, :])[None, :, :]
+
+
+@triton.jit
+def _pad(x, n: tl.constexpr, GRID: tl.constexpr, off: tl.constexpr, diagonal: tl.constexpr):
+    """Put numbers beyond the matrix: on the diagonal, and off it."""
+    EDGE: tl.constexpr = (n + GRID - 1) // GRID
+    if n == EDGE * GRID:
+        return x
+    else:
+        lane = tl.arange(0, GRID)
+        on_diagonal = (lane[:, None] == lane[None, :])[None, :, :]
+        out = ()
+        for i in tl.static_range(EDGE):
+            for j in tl.static_range(EDGE):
+                beyond = tl.full(x[0].shape, off, x[0].dtype)
+                if i == j:
+                    beyond = tl.where(on_diagonal, diagonal, beyond)
+                out = out + (tl.where(_inside(i, j, n, EDGE, GRID), x[i * EDGE + j], beyond),)
+        return out
+
+
+@triton.jit
 def exponents(logits, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr, LANE: tl.constexpr):
     """(X - max) log2(e) with the maximum over each first-normalised line, not below -cap; padding is -inf.
 
@@ -69,7 +97,8 @@ def exponents(logits, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr, L
                     offset = top[j]
                 else:
                     offset = top[i]
-                e = tl.fma(logits[i * n + j], tl.full(offset.shape, lines.LOG2E, offset.dtype), -(offset * lines.LOG2E))
+                log2e = tl.full(logits[0].shape, lines.LOG2E, offset.dtype)
+                e = tl.fma(logits[i * n + j], log2e, tl.broadcast_to(-(offset * lines.LOG2E), logits[0].shape))
                 if cap is not None:
                     e = tl.where(logits[i * n + j] < offset - cap, tl.full(e.shape, -cap * lines.LOG2E, e.dtype), e)
                 out = out + (e,)
@@ -86,24 +115,41 @@ def exponents(logits, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr, L
 
 
 @triton.jit
-def _masked_logits(logits, n: tl.constexpr, LANE: tl.constexpr):
+def _masked_logits(logits, n: tl.constexpr, LANE: tl.constexpr, GRID: tl.constexpr):
     """The values, with padding at -inf so that it is never a maximum."""
-    if not LANE:  # noqa: SIM102  (a tuple has no shape)
+    if LANE:
+        return _pad(logits, n, GRID, float("-inf"), float("-inf"))
+    else:
         if logits.shape[1] != n:
             k = tl.arange(0, logits.shape[1])
             inside = (k[:, None] < n)[None, :, :] & (k[None, :] < n)[None, :, :]
             logits = tl.where(inside, logits, float("-inf"))
-    return logits
+        return logits
+
+
+@triton.jit
+def _exponents(masked, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr, LANE: tl.constexpr, GRID: tl.constexpr):
+    """Exponents with padding as `start` needs it, and each matrix's lowest.
+
+    Beyond the matrix a grid of lanes holds the identity, whose lines have the sum 1, so that no step has to look.
+    """
+    EDGE: tl.constexpr = (n + GRID - 1) // GRID
+    e = exponents(masked, EDGE, FIRST, cap, LANE)
+    if LANE:
+        low = lowest(_pad(e, n, GRID, 0.0, 0.0), EDGE, LANE)
+        return _pad(e, n, GRID, float("-inf"), 0.0), low
+    else:
+        return e, lowest(e, n, LANE)
 
 
 @triton.jit
 def lowest(e, n: tl.constexpr, LANE: tl.constexpr):
-    """Each matrix's lowest exponent. Shape (BLOCK,), or (BLOCK, 1, 1)."""
+    """Each matrix's lowest exponent, of a tuple without padding. Shape (BLOCK,), or (BLOCK, 1, 1)."""
     if LANE:
         low = e[0]
         for k in tl.static_range(1, n * n):
             low = tl.minimum(low, e[k])
-        return low
+        return -lines.max_over_grid(lines.max_over_grid(-low, 0), 1)
     else:
         inside = e
         if e.shape[1] != n:
@@ -125,10 +171,10 @@ def _is_unpaired(low):
 
 
 @triton.jit
-def any_of(wide, LANE: tl.constexpr):
+def any_of(wide):
     """Whether the program holds such a matrix: a scalar, the same for all lanes."""
     flags = wide.to(tl.int32)
-    if LANE:
+    if len(flags.shape) == 1:
         return tl.max(flags, 0) != 0
     else:
         return tl.max(tl.reshape(flags, (flags.shape[0],)), 0) != 0
@@ -164,26 +210,26 @@ def _half(
 @triton.jit
 def start(m, n: tl.constexpr, FIRST: tl.constexpr, KIND: tl.constexpr, eps: tl.constexpr, LANE: tl.constexpr):
     """Scalings (a, b) before the first full iteration; for the damped recurrence after its first last-side division."""
-    if KIND == _LOG:
-        a = lines.constant(m, 0.0, n, FIRST, LANE)
-        return a, a
-    else:
-        a = lines.constant(m, 1.0, n, FIRST, LANE)
-        if KIND == DAMPED:
-            return a, _half(m, a, a, n, 1 - FIRST, KIND, eps, LANE)
-        else:
-            return a, a
+    value: tl.constexpr = 0.0 if KIND == _LOG else 1.0
+    a = lines.constant(m, value, n, FIRST, LANE)
+    b = lines.constant(m, value, n, 1 - FIRST, LANE)
+    if KIND == DAMPED:
+        b = _half(m, a, b, n, 1 - FIRST, KIND, eps, LANE)
+    return a, b
 
 
 @triton.jit
-def _damped_start(e, n: tl.constexpr, FIRST: tl.constexpr, eps_start: tl.constexpr, LANE: tl.constexpr):
-    """softmax over the first-normalised lines, plus eps_start; padding stays zero."""
-    soft = lines.divide_lines(lines.exponential(e, n, LANE), n, FIRST, LANE)
+def _damped_start(
+    e, n: tl.constexpr, FIRST: tl.constexpr, eps_start: tl.constexpr, LANE: tl.constexpr, GRID: tl.constexpr
+):
+    """softmax over the first-normalised lines, plus eps_start; padding stays as it is."""
+    EDGE: tl.constexpr = (n + GRID - 1) // GRID
+    soft = lines.divide_lines(lines.exponential(e, EDGE, LANE), EDGE, FIRST, LANE)
     if LANE:
         out = ()
-        for k in tl.static_range(n * n):
+        for k in tl.static_range(EDGE * EDGE):
             out = out + (soft[k] + eps_start,)
-        return soft, out
+        return soft, _pad(out, n, GRID, 0.0, 1.0)
     else:
         if e.shape[1] == n:
             return soft, soft + eps_start
@@ -224,28 +270,31 @@ def sinkhorn(
     eps_start: tl.constexpr = 0.0,
     eps_den: tl.constexpr = 0.0,
     range_cap: tl.constexpr = None,
+    GRID: tl.constexpr = 1,
 ):
     """The matrix after `num_iters` >= 1 iterations, in the form of the logits."""
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
-    e = exponents(_masked_logits(logits, n, LANE), n, FIRST, range_cap, LANE)
+    EDGE: tl.constexpr = (n + GRID - 1) // GRID
+    e, low = _exponents(_masked_logits(logits, n, LANE, GRID), n, FIRST, range_cap, LANE, GRID)
     if METHOD == DAMPED:
-        _, m = _damped_start(e, n, FIRST, eps_start, LANE)
-        a, b = start(m, n, FIRST, DAMPED, eps_den, LANE)
+        _, m = _damped_start(e, n, FIRST, eps_start, LANE, GRID)
+        a, b = start(m, EDGE, FIRST, DAMPED, eps_den, LANE)
         for _ in range(num_iters - 1):
-            a = _half(m, b, a, n, FIRST, DAMPED, eps_den, LANE)
-            b = _half(m, a, b, n, 1 - FIRST, DAMPED, eps_den, LANE)
-        return lines.scale(lines.scale(m, a, n, FIRST, LANE), b, n, 1 - FIRST, LANE)
+            a = _half(m, b, a, EDGE, FIRST, DAMPED, eps_den, LANE)
+            b = _half(m, a, b, EDGE, 1 - FIRST, DAMPED, eps_den, LANE)
+        return lines.scale(lines.scale(m, a, EDGE, FIRST, LANE), b, EDGE, 1 - FIRST, LANE)
     else:
-        m = lines.exponential(e, n, LANE)
-        low = lowest(e, n, LANE)
-        out = _linear(m, num_iters, n, FIRST, LANE, LANE)
+        m = lines.exponential(e, EDGE, LANE)
+        out = _linear(m, num_iters, EDGE, FIRST, LANE, LANE)
         if LANE:
             unpaired = _is_unpaired(low)
-            if any_of(unpaired, LANE):
-                out = lines.pick(unpaired, _linear(m, num_iters, n, FIRST, LANE, False), out, n * n, LANE)
+            if any_of(unpaired):
+                plain = _linear(m, num_iters, EDGE, FIRST, LANE, False)
+                out = lines.pick(unpaired, plain, out, EDGE * EDGE, LANE)
         wide = is_wide(low)
-        if any_of(wide, LANE):
-            out = lines.pick(wide, _logarithmic(e, num_iters, n, FIRST, LANE), out, n * n, LANE)
+        if any_of(wide):
+            slow = _logarithmic(e, num_iters, EDGE, FIRST, LANE)
+            out = lines.pick(wide, slow, out, EDGE * EDGE, LANE)
         return out
 
 
@@ -385,25 +434,22 @@ def _pull_cap(logits, d, n: tl.constexpr, FIRST: tl.constexpr, cap: tl.constexpr
     """A raised entry hands its gradient to the largest of its line; equal largest share it."""
     top = lines.peak(logits, n, FIRST, LANE)
     if LANE:
-        out = ()
+        own = ()
+        lost = ()
+        at_peak = ()
         for i in tl.static_range(n):
             for j in tl.static_range(n):
-                taken = 0.0
-                ties = 0.0
-                for k in tl.static_range(n):
-                    if FIRST == 0:
-                        other = logits[k * n + j]
-                        d_other = d[k * n + j]
-                    else:
-                        other = logits[i * n + k]
-                        d_other = d[i * n + k]
-                    peak = top[j if FIRST == 0 else i]
-                    taken += tl.where(other < peak - cap, d_other, 0.0)
-                    ties += tl.where(other == peak, 1.0, 0.0)
-                entry = logits[i * n + j]
-                own = tl.where(entry < peak - cap, 0.0, d[i * n + j])
-                out = out + (own + tl.where(entry == peak, taken / ties, 0.0),)
-        return out
+                peak = top[j if FIRST == 0 else i]
+                raised = logits[i * n + j] < peak - cap
+                own = own + (tl.where(raised, 0.0, d[i * n + j]),)
+                lost = lost + (tl.where(raised, d[i * n + j], 0.0),)
+                at_peak = at_peak + (tl.where(logits[i * n + j] == peak, 1.0, 0.0).to(d[0].dtype),)
+        taken = lines.line_sums(lost, n, FIRST, LANE)
+        ties = lines.line_sums(at_peak, n, FIRST, LANE)
+        share = ()
+        for k in tl.static_range(n):
+            share = share + (taken[k] / tl.maximum(ties[k], 1.0),)
+        return lines.add(own, lines.scale(at_peak, share, n, FIRST, LANE), n * n, LANE)
     else:
         peak = tl.expand_dims(top, FIRST + 1)
         raised = logits < peak - cap
@@ -427,6 +473,7 @@ def sinkhorn_vjp(
     eps_den: tl.constexpr = 0.0,
     range_cap: tl.constexpr = None,
     WHOLE: tl.constexpr = False,
+    GRID: tl.constexpr = 1,
 ):
     """Exact gradient of :func:`sinkhorn` with respect to the logits.
 
@@ -436,20 +483,21 @@ def sinkhorn_vjp(
     known when compiling, and nothing is replayed.
     """
     FIRST: tl.constexpr = 0 if COLUMNS_FIRST else 1
-    masked = _masked_logits(logits, n, LANE)
-    e = exponents(masked, n, FIRST, range_cap, LANE)
+    EDGE: tl.constexpr = (n + GRID - 1) // GRID
+    masked = _masked_logits(logits, n, LANE, GRID)
+    e, low = _exponents(masked, n, FIRST, range_cap, LANE, GRID)
     if METHOD == DAMPED:
-        soft, m = _damped_start(e, n, FIRST, eps_start, LANE)
-        dm = _pull_iterations(m, grad, num_iters, n, FIRST, DAMPED, eps_den, LENGTH, LANE, WHOLE)
-        out = _pull_softmax(soft, dm, n, FIRST, LANE)
+        soft, m = _damped_start(e, n, FIRST, eps_start, LANE, GRID)
+        dm = _pull_iterations(m, grad, num_iters, EDGE, FIRST, DAMPED, eps_den, LENGTH, LANE, WHOLE)
+        out = _pull_softmax(soft, dm, EDGE, FIRST, LANE)
     else:
-        m = lines.exponential(e, n, LANE)
-        dm = _pull_iterations(m, grad, num_iters, n, FIRST, KNOPP, 0.0, LENGTH, LANE, WHOLE)
-        out = lines.times(m, dm, n, LANE)
-        wide = is_wide(lowest(e, n, LANE))
-        if any_of(wide, LANE):
-            slow = _pull_iterations(e, grad, num_iters, n, FIRST, _LOG, 0.0, 1, LANE, False)
-            out = lines.pick(wide, slow, out, n * n, LANE)
+        m = lines.exponential(e, EDGE, LANE)
+        dm = _pull_iterations(m, grad, num_iters, EDGE, FIRST, KNOPP, 0.0, LENGTH, LANE, WHOLE)
+        out = lines.times(m, dm, EDGE, LANE)
+        wide = is_wide(low)
+        if any_of(wide):
+            slow = _pull_iterations(e, grad, num_iters, EDGE, FIRST, _LOG, 0.0, 1, LANE, False)
+            out = lines.pick(wide, slow, out, EDGE * EDGE, LANE)
     if range_cap is not None:
-        out = _pull_cap(masked, out, n, FIRST, range_cap, LANE)
+        out = _pull_cap(masked, out, EDGE, FIRST, range_cap, LANE)
     return out
