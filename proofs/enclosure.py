@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TIGHT", "available", "distance", "iterate", "norm_bounds", "width"]
+__all__ = ["TIGHT", "available", "distance", "iterate", "width"]
 
 TIGHT = 1e-30
 """An enclosure wider than this would say little; containment is only accepted together with narrowness."""
@@ -136,67 +136,3 @@ def distance(balls: Balls, matrix: np.ndarray) -> float:
         return float(np.nextafter(largest, np.inf))
     finally:
         flint.ctx.prec = saved
-
-
-def norm_bounds(matrix: np.ndarray) -> tuple[float, float]:
-    """Enclose the spectral norm of stored floats: a lower and an upper bound, a few units of float64 apart.
-
-    The upper bound is Collatz-Wielandt on a power iterate for non-negative matrices, the lower one a Rayleigh quotient,
-    both in 256-bit balls.
-
-    >>> import numpy as np
-    >>> from proofs.enclosure import norm_bounds
-    >>> low, high = norm_bounds(np.array([[0.75, 0.25], [0.25, 0.75]]))
-    >>> low <= 1.0 <= high and high - low < 1e-15
-    True
-    """
-    matrix = np.asarray(matrix, dtype=np.float64)
-    if np.any(matrix < 0) or not np.all(np.isfinite(matrix)):
-        raise ValueError("norm_bounds takes finite non-negative entries")
-    flint = _flint()
-    saved = flint.ctx.prec
-    flint.ctx.prec = 256
-    try:
-        size = len(matrix)
-        gram_float = matrix.T @ matrix
-        _, vectors = np.linalg.eigh(gram_float)
-        start = np.abs(vectors[:, -1]) + 1e-300
-        entries = [[flint.arb(float(value)) for value in row] for row in matrix]
-        gram = [
-            [sum((entries[k][i] * entries[k][j] for k in range(size)), flint.arb(0)) for j in range(size)]
-            for i in range(size)
-        ]
-        vector = [flint.arb(float(value)) for value in start]
-        image = _apply(gram, vector)
-        rayleigh = _dot(image, vector) / _dot(vector, vector)
-        low = float(rayleigh.sqrt().lower()) if not rayleigh.is_zero() else 0.0
-        high = _collatz(gram, vector)
-        return float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
-    finally:
-        flint.ctx.prec = saved
-
-
-def _apply(gram: Balls, vector: list[Any]) -> list[Any]:
-    return [_dot(row, vector) for row in gram]
-
-
-def _dot(left: list[Any], right: list[Any]) -> Any:
-    total = left[0] * right[0]
-    for a, b in zip(left[1:], right[1:], strict=True):
-        total = total + a * b
-    return total
-
-
-def _collatz(gram: Balls, vector: list[Any]) -> float:
-    """Smallest of a few Collatz-Wielandt bounds along a power iteration."""
-    best = float("inf")
-    for _ in range(64):
-        image = _apply(gram, vector)
-        bound = max(float((y / x).upper()) for y, x in zip(image, vector, strict=True))
-        best = min(best, float(np.sqrt(np.nextafter(bound, np.inf))))
-        total = sum(image[1:], image[0])
-        if not total > 0:
-            return 0.0 if total.is_zero() else best
-        # any positive vector is valid: mixing in a little of the last one keeps every entry above zero
-        vector = [(y / total + x / 2**200).mid() for y, x in zip(image, vector, strict=True)]
-    return float(np.nextafter(best, np.inf))

@@ -136,18 +136,6 @@ def test_enclosure_refuses_what_it_cannot_do_and_sees_nan() -> None:
         enclosure.iterate(np.zeros((9, 9)), 1)
     balls = enclosure.iterate(np.zeros((2, 2)), 1)
     assert enclosure.distance(balls, np.full((2, 2), np.nan)) == np.inf
-    with pytest.raises(ValueError, match="non-negative"):
-        enclosure.norm_bounds(-np.eye(2))
-
-
-@needs_flint
-def test_norm_enclosure_holds_and_is_narrow() -> None:
-    rng = np.random.default_rng(5)
-    for n in (1, 2, 4, 8):
-        matrix = rng.random((n, n))
-        low, high = enclosure.norm_bounds(matrix)
-        assert rational.norm_at_most(matrix, high) and not rational.norm_below(matrix, low)
-        assert high - low < 1e-12 * high
 
 
 def test_strategies_keep_their_promises() -> None:
