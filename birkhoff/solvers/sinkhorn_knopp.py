@@ -93,7 +93,7 @@ class SinkhornKnopp:
         kernel, _, w = state
         first, last = frame.order(self.first)
         v = 1.0 / frame.weighted_sum(kernel, w, first)
-        return kernel, v, 1.0 / frame.weighted_sum(kernel, v, last)
+        return kernel, v, self._inverse(frame.weighted_sum(kernel, v, last), frame)
 
     def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
         """The columns scaled, then the rows divided by their sums (for columns first)."""
@@ -113,14 +113,15 @@ class SinkhornKnopp:
         """Through the cap; the subtracted maximum changes nothing."""
         return pull_cap(logits, grad_log, self.range_cap, frame.order(self.first)[0], frame)
 
+    def _inverse(self, sums: Any, frame: Frame) -> Any:
+        return 1.0 / sums
+
 
 class _Rescaled(SinkhornKnopp):
     """The same with w rescaled to a largest entry of one: safe for twice the range, at a seventh more time."""
 
-    def step(self, state: tuple[Any, ...], frame: Frame) -> tuple[Any, ...]:
-        """Both scalings anew."""
-        kernel, v, w = super().step(state, frame)
-        return kernel, v, w / frame.xp.max(w, axis=frame.order(self.first)[0], keepdims=True)
+    def _inverse(self, sums: Any, frame: Frame) -> Any:
+        return frame.xp.min(sums, axis=frame.order(self.first)[0], keepdims=True) / sums
 
     def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
         """In the log domain: here every iterate is written out, and its small entries would underflow."""

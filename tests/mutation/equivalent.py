@@ -40,7 +40,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent("birkhoff.certificates", (("_positive", "scaled > _TINY32", "scaled >= _TINY32"),), _TIE),
     Equivalent("birkhoff.solvers.sinkhorn_knopp", (("SinkhornKnopp", "12", "13"),),
                "from which n on sums are matrix products: time"),
-    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("step", "frame.xp.max", "frame.xp.min"),),
+    Equivalent("birkhoff.solvers.sinkhorn_knopp", (("_inverse", "frame.xp.min", "frame.xp.max"),),
                "a factor of w that v takes back; within the range of this arithmetic neither over- nor underflows"),
     Equivalent("birkhoff.solvers.newton", (("module", "12", "13"), ("module", "0.2", "0.4")), _TUNING),
     Equivalent("birkhoff.solvers.newton", (
