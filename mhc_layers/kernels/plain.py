@@ -227,9 +227,10 @@ def recompute_block(
     return xs, us
 
 
-def reduce_slabs(dphi_slabs: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the slabs and over the partials."""
-    return dphi_slabs.sum(0), params.sum(0)
+def reduce_slabs(slabs: Tensor | tuple[Tensor, Tensor], params: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the slabs, or the first and the others, and over the partials."""
+    dphi = slabs[0] + slabs[1].sum(0) if isinstance(slabs, tuple) else slabs.sum(0)
+    return dphi, params.sum(0)
 
 
 def norm_rows(u: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

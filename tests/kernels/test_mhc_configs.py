@@ -39,6 +39,17 @@ def test_any_number_of_tokens_has_a_launch_shape() -> None:
         assert n % last.group == 0
 
 
+@pytest.mark.parametrize(
+    ("tokens", "c"),
+    [(4096, 1280), (4096, 2048), (4096, 4096), (8192, 1280), (16384, 1280), (16384, 4096), (16384, 7168)],
+)
+def test_memory_beyond_the_results_is_under_half_a_stream(tokens: int, c: int) -> None:
+    """What a backward allocates beside its results, as counted in ``measured/layer_kernels.md``."""
+    splits = configs.streams_backward_config(tokens, 4, c, 2, 132, 90).num_splits
+    slabs = splits * 24 * 4 * c * 4  # the first one is the gradient of phi
+    assert (tokens * 468 + slabs) / (2 * tokens * c) < 0.5
+
+
 @pytest.mark.parametrize("convention", [PAPER, DEEPSEEK_V4], ids=["paper", "v4"])
 @pytest.mark.parametrize(("n", "dtype"), [(4, torch.bfloat16), (3, torch.float32), (8, torch.float16)])
 def test_no_tokens_launch_nothing(n: int, dtype: torch.dtype, convention: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,18 +24,23 @@ from mhc_layers.kernels.triton.configs import (
     is_interpreting,
     lane_values,
     num_sms,
+    overlaps,
     row_config,
     streams_backward_config,
     token_splits,
 )
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["broadcast_streams_backward", "broadcast_write_backward", "broadcast_write_forward"]
 
 
 @triton.jit(do_not_specialize=["M"])
-def broadcast_write_kernel(E, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def broadcast_write_kernel(
+    E, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, OVERLAP: tl.constexpr
+):
     """x'[o] = h_post[o] f + sum_i h_res[o, i] e, in the order of the write of n streams."""
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     tiles: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
@@ -72,8 +77,10 @@ def broadcast_write_backward_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """df = sum_o h_post[o] g[o];  dh_post[o] = <g[o], f>;  dh_res[o, i] = <g[o], e> for every i."""
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     tok = tl.program_id(0) * BT + tl.arange(0, BT)
     live = tok < M
@@ -140,8 +147,10 @@ def broadcast_streams_backward_kernel(
     HAS_GU: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """de = sum_o (sum_i h_res[o, i]) g[o] + (sum_i h_pre[i]) du + dz phi + rc e, and a slab of dz^T e."""
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     split = tl.program_id(1)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -228,7 +237,7 @@ def _write_launch(
     if config is None:
         config = row_config(n, dim, dtype.itemsize, reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
-    constants = {"C": dim, "n": n, "BT": config.block_tokens, "BC": config.block_channels}
+    constants = {"C": dim, "n": n, "BT": config.block_tokens, "BC": config.block_channels, "OVERLAP": overlaps(device)}
     return Launch(broadcast_write_kernel, grid, (num_tokens,), constants, config.num_warps)
 
 
@@ -270,6 +279,7 @@ def _write_backward_launch(
         "BT": config.block_tokens,
         "BC": config.block_channels,
         "V": lane_values(config),
+        "OVERLAP": overlaps(device),
     }
     grid = (cdiv(num_tokens, config.block_tokens),)
     scalars = (num_tokens, post_multiplier)
@@ -335,6 +345,7 @@ def _streams_launch(
         "HAS_GU": not absent[1],
         "UPCAST": is_interpreting() or not two_terms,
         "PRECISION": "ieee",
+        "OVERLAP": overlaps(device),
     }
     grid = (cdiv(dim, config.block_channels), num_splits)
     return Launch(broadcast_streams_backward_kernel, grid, (num_tokens, span), constants, config.num_warps), num_splits

@@ -25,9 +25,11 @@ from mhc_layers.kernels.triton.configs import (
     is_interpreting,
     next_power_of_2,
     num_sms,
+    overlaps,
     project_config,
 )
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["finish", "finish_launch", "project", "project_launch"]
 
@@ -51,8 +53,10 @@ def project_kernel(
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """slab[s, t, :] = sum over k in split s of x[t, k] phi[:, k];  square[s, t] = sum over the same k of x[t, k]^2."""
+    start_after_previous(OVERLAP)
     split = tl.program_id(1)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     row_mask = rows < M
@@ -164,8 +168,10 @@ def finish_kernel(
     LANE: tl.constexpr,
     W: tl.constexpr,
     BT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """proj = h / r (Eq. 15), logits = alpha proj + bias (Eq. 16), sigmoids (Eq. 17, 18), Sinkhorn (Eq. 9, 19)."""
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     tok = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     live = tok < M
@@ -276,6 +282,7 @@ def project_launch(
         "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
         "EVEN": k % config.block_k == 0,
         "STAGES": config.num_stages,
+        "OVERLAP": overlaps(device),
     }
     grid = (cdiv(num_tokens, config.block_tokens), num_splits)
     return Launch(project_kernel, grid, (num_tokens, steps), constants, config.num_warps), num_splits
@@ -354,6 +361,7 @@ def finish_launch(
         "LANE": config.lane,
         "W": next_power_of_2(num_streams * num_streams),
         "BT": config.block_tokens,
+        "OVERLAP": overlaps(device),
     }
     scalars = (num_tokens, num_splits, 1.0 / k, options.norm_eps, options.eps_pre, options.post_multiplier)
     return Launch(finish_kernel, (cdiv(num_tokens, config.block_tokens),), scalars, constants, config.num_warps)

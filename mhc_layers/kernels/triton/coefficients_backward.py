@@ -19,8 +19,10 @@ from mhc_layers.kernels.triton.configs import (
     cdiv,
     finish_config,
     next_power_of_2,
+    overlaps,
 )
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["finish_backward", "finish_backward_launch"]
 
@@ -70,8 +72,10 @@ def finish_backward_kernel(
     LANE: tl.constexpr,
     W: tl.constexpr,
     BT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """With l the logits and p the normalised projections: dp = alpha dl, dz = dp / r, rc = -(sum dp p) / (r^2 K)."""
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     pid = tl.program_id(0)
     tok = (pid * BT + tl.arange(0, BT)).to(tl.int64)
@@ -273,6 +277,10 @@ def finish_backward_launch(
     if config is None:
         config = finish_config(num_streams)
     programs = cdiv(num_tokens, config.block_tokens)
+    damped = options.method == "damped"
+    # iterations past the last whole segment are replayed one by one: shorter segments leave fewer
+    whole = options.num_iters - damped
+    length = min(config.length if whole % config.length == 0 else 5, options.num_iters)
     constants = {
         "n": num_streams,
         "NS": next_power_of_2(num_streams),
@@ -282,16 +290,17 @@ def finish_backward_launch(
         "HAS_DOTS": has_dots,
         "HAS_READ": read_stride is not None,
         "READ_STRIDE": read_stride or 0,
-        "METHOD": int(options.method == "damped"),
+        "METHOD": int(damped),
         "COLUMNS_FIRST": options.first == "columns",
         "TRANSPOSED": options.transposed,
         "ITERS": options.num_iters,
         "EPS_START": options.eps_start,
         "EPS_DEN": options.eps_den,
-        "LENGTH": min(config.length, options.num_iters),
+        "LENGTH": length,
         "LANE": config.lane,
         "W": next_power_of_2(num_streams * num_streams),
         "BT": config.block_tokens,
+        "OVERLAP": overlaps(device),
     }
     scalars = (num_tokens, 1.0 / k, options.eps_pre, options.post_multiplier)
     start = Launch(finish_backward_kernel, (programs,), scalars, constants, config.num_warps)

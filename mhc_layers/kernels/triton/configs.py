@@ -24,6 +24,7 @@ __all__ = [
     "lane_values",
     "next_power_of_2",
     "num_sms",
+    "overlaps",
     "project_config",
     "row_config",
     "streams_backward_config",
@@ -72,9 +73,18 @@ def capability(device: torch.device) -> int:
     return _CAPABILITY[index]
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels use programmatic dependent launch there (compute capability 9.0 and above)."""
+    return not is_interpreting() and torch.version.hip is None and capability(device) >= 90
+
+
 def next_power_of_2(value: int) -> int:
     """Smallest power of two that is at least ``value``."""
     return 1 << max(0, value - 1).bit_length()
+
+
+#: Streams' worth of memory (E) that the slabs of the gradient of phi should not exceed.
+LARGEST_SLABS = 0.31
 
 
 @dataclass(frozen=True)
@@ -163,9 +173,19 @@ def streams_backward_config(
         group, num_warps, num_stages = 1, 4, 2
     else:
         block_tokens, block_channels, num_warps, num_stages = 16, 128, 8, 3
-    columns = cdiv(dim, block_channels) * (num_streams // group)
-    num_splits = token_splits(cdiv(num_tokens, block_tokens), columns, sms)
-    return StreamsBackwardConfig(block_tokens, block_channels, group, num_splits, num_warps, num_stages)
+
+    def config(block_tokens: int, group: int) -> StreamsBackwardConfig:
+        columns = cdiv(dim, block_channels) * (num_streams // group)
+        num_splits = token_splits(cdiv(num_tokens, block_tokens), columns, sms)
+        return StreamsBackwardConfig(block_tokens, block_channels, group, num_splits, num_warps, num_stages)
+
+    whole = config(block_tokens, group)
+    if item_size == 2 and capability >= 90 and num_streams == 4 and num_tokens:
+        # half the accumulators in a program are half the slabs; 2 n^2 (n + 2) / M: a slab in streams of M tokens
+        halves, slab = config(32, 2), 192 / num_tokens
+        if halves.num_splits * slab <= LARGEST_SLABS < whole.num_splits * slab:
+            return halves
+    return whole
 
 
 def token_splits(tiles: int, columns: int, sms: int) -> int:
@@ -192,14 +212,14 @@ class FinishConfig:
 
 @functools.lru_cache(maxsize=4096)
 def finish_config(num_streams: int) -> FinishConfig:
-    """One token a lane up to n = 4, a tile of lanes beyond."""
+    """One token a lane up to n = 4, a tile of lanes beyond; ten iterations of the backward in registers."""
     if is_interpreting():
         return FinishConfig(64, 1, num_streams <= 4, 5)
     if num_streams <= 4:
-        return FinishConfig(32, 1, True, 5)
+        return FinishConfig(32, 1, True, 10)
     return FinishConfig(4, 4, False, 10)
 
 
 def lane_values(config: RowConfig) -> int:
-    """Neighbouring channels that one lane of a reducing kernel holds (a warp spans the tile's channels)."""
-    return max(1, config.block_channels // 32)
+    """Neighbouring channels that one lane of a reducing kernel holds (warps part the tile among them)."""
+    return max(1, config.block_tokens * config.block_channels // (32 * config.num_warps))

@@ -44,7 +44,7 @@ class Launch:
         Of a program.
     """
 
-    __slots__ = ("_constants", "_grid", "_kernel", "_num_warps", "_ready", "_scalars")
+    __slots__ = ("_constants", "_grid", "_kernel", "_num_warps", "_options", "_ready", "_scalars")
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class Launch:
     ) -> None:
         self._kernel, self._grid, self._scalars = kernel, grid, scalars
         self._constants, self._num_warps = constants, num_warps
+        self._options = _OPTIONS | {"launch_pdl": True} if constants["OVERLAP"] else _OPTIONS
         # dtypes and device that the start is for; one attribute, so that threads see all of it or nothing
         self._ready: tuple[tuple[torch.dtype, ...], int, Start] | None = None
 
@@ -90,7 +91,7 @@ class Launch:
         compiled = None if plain else _COMPILED.get(key)
         if compiled is None:
             compiled = self._kernel[self._grid](
-                *tensors, *self._scalars, **self._constants, num_warps=self._num_warps, **_OPTIONS
+                *tensors, *self._scalars, **self._constants, num_warps=self._num_warps, **self._options
             )
             if plain or compiled is None:
                 return

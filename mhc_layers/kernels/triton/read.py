@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, overlaps, row_config
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["read_forward", "read_launch"]
 
@@ -26,8 +27,10 @@ def read_forward_kernel(
     STORED: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """u[t, c] = sum_i h_pre[t, i] x[t, i, c], summed in the order of the streams, rounded once."""
+    start_after_previous(OVERLAP)
     tiles: tl.constexpr = (C + BC - 1) // BC
     # from the last token on: a boundary kernel before this one has left those streams in the cache
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -82,5 +85,6 @@ def read_launch(
         "STORED": num_streams,
         "BT": config.block_tokens,
         "BC": config.block_channels,
+        "OVERLAP": overlaps(device),
     }
     return Launch(read_forward_kernel, grid, (num_tokens,), constants, config.num_warps)

@@ -9,17 +9,28 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, overlaps, row_config
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["read_backward", "read_backward_launch"]
 
 
 @triton.jit(do_not_specialize=["M"])
 def read_backward_kernel(
-    GU, X, DOTS, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr
+    GU,
+    X,
+    DOTS,
+    M,
+    C: tl.constexpr,
+    n: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """dots[t, i] = <du[t], x[t, i]>: a program owns whole tokens and reduces in its registers."""
+    start_after_previous(OVERLAP)
     tok = tl.program_id(0) * BT + tl.arange(0, BT)
     live = tok < M
     tok64 = tok.to(tl.int64)
@@ -66,6 +77,7 @@ def read_backward_launch(
         "BT": config.block_tokens,
         "BC": config.block_channels,
         "V": lane_values(config),
+        "OVERLAP": overlaps(device),
     }
     grid = (cdiv(num_tokens, config.block_tokens),)
     return Launch(read_backward_kernel, grid, (num_tokens,), constants, config.num_warps)

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_layers.kernels.triton.configs import cdiv, is_interpreting, next_power_of_2
+from mhc_layers.kernels.triton.configs import cdiv, is_interpreting, next_power_of_2, overlaps
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["NormConfig", "norm_config", "norm_rows", "read_norm_forward"]
 
@@ -65,8 +66,10 @@ def read_norm_forward_kernel(
     TILES: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """u = sum_i h_pre[i] x[i] rounded as stored;  s = 1 / sqrt(mean(u^2) + eps);  out = u s weight, rounded once."""
+    start_after_previous(OVERLAP)
     tok = tl.program_id(0) * BT + tl.arange(0, BT)
     live = tok < M
     tok64 = tok.to(tl.int64)
@@ -172,6 +175,7 @@ def _launch(
         "TILES": config.num_tiles,
         "BT": config.block_tokens,
         "BC": config.block_channels,
+        "OVERLAP": overlaps(device),
     }
     grid = (cdiv(num_tokens, config.block_tokens),)
     return Launch(read_norm_forward_kernel, grid, (num_tokens, 1.0 / dim, eps), constants, config.num_warps)

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.options import SiteOptions
-from mhc_layers.kernels.triton.configs import capability, cdiv, is_interpreting, num_sms
+from mhc_layers.kernels.triton.configs import capability, cdiv, is_interpreting, num_sms, overlaps
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 from mhc_layers.kernels.triton.read_norm import NormConfig, norm_config
 
 __all__ = ["read_norm_backward"]
@@ -52,8 +53,10 @@ def read_norm_backward_kernel(
     BC: tl.constexpr,
     V: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """du, its dot products with the streams, and a slab of the gain's gradient, for a span of tokens."""
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     begin = tl.program_id(0) * SPAN
     end = tl.minimum(M, begin + SPAN)
@@ -131,8 +134,9 @@ def read_norm_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["S"])
-def sum_rows_kernel(SLABS, OUT, S, C: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+def sum_rows_kernel(SLABS, OUT, S, C: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
     """Sum of S rows of C values, DEPTH rows at a time in order."""
+    start_after_previous(OVERLAP)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, S, DEPTH):
@@ -265,9 +269,10 @@ def _launches(
         "BC": config.block_channels,
         "V": 16 // dtype.itemsize,
         "STAGES": stages,
+        "OVERLAP": overlaps(device),
     }
     scalars = (num_tokens, span, 1.0 / dim, options.eps_pre)
     backward = Launch(read_norm_backward_kernel, (num_slabs,), scalars, constants, config.num_warps)
     block = 1024 if is_interpreting() else 32
-    sums = {"C": dim, "BLOCK": block, "DEPTH": 64}
+    sums = {"C": dim, "BLOCK": block, "DEPTH": 64, "OVERLAP": overlaps(device)}
     return backward, Launch(sum_rows_kernel, (cdiv(dim, block),), (num_slabs,), sums, 4), num_slabs

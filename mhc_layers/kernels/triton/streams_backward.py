@@ -20,14 +20,19 @@ from mhc_layers.kernels.triton.configs import (
     cdiv,
     is_interpreting,
     num_sms,
+    overlaps,
     streams_backward_config,
 )
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["reduce_launch", "reduce_slabs", "streams_backward", "streams_backward_launch"]
 
 #: Up to this many token splits are ranges of tokens; more take tiles in turn (``measured/layer_kernels.md``).
 _MOST_RANGES = 8
+
+#: Bytes of streams that a second-level cache may still hold from B1; then tiles are taken in turn, too.
+_CACHE_BYTES = 48 << 20
 
 
 @triton.jit(do_not_specialize=["M", "SPAN"])
@@ -39,6 +44,7 @@ def streams_backward_kernel(
     DZ,
     PHI,
     DX,
+    FIRST,
     SLABS,
     M,
     SPAN,
@@ -56,7 +62,9 @@ def streams_backward_kernel(
     HAS_GU: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     K: tl.constexpr = n * C
     GROUPS: tl.constexpr = n // GROUP
@@ -145,13 +153,19 @@ def streams_backward_kernel(
                     part = tl.dot(tl.trans(x), z_lo, part, input_precision=PRECISION)
             new = new + (part,)
         acc = new
+    # the first slab has a place of its own: the gradient of phi, to which the reduce adds the others
+    slab = SLABS + (split - 1).to(tl.int64) * (N * K)
+    is_first = tl.full((1, NP), split, tl.int32) == 0
     for q in tl.static_range(GROUP):
-        out = (split * N + j[None, :]).to(tl.int64) * K + ((first + q) * C + c)[:, None]
-        tl.store(SLABS + out, acc[q], mask=(j < N)[None, :] & c_mask[:, None])
+        at = j[None, :] * K + ((first + q) * C + c)[:, None]
+        mask = (j < N)[None, :] & c_mask[:, None]
+        tl.store(FIRST + at, acc[q], mask=mask & is_first)
+        tl.store(slab + at, acc[q], mask=mask & ~is_first)
 
 
 @triton.jit(do_not_specialize=["S", "PROGRAMS"])
 def reduce_kernel(
+    FIRST,
     SLABS,
     PARAMS,
     DPHI,
@@ -163,8 +177,10 @@ def reduce_kernel(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Sums over the slabs, DEPTH at a time in order; the first program sums the partials of bias and alpha."""
+    """DPHI = FIRST + S slabs, DEPTH at a time in order; the first program sums the partials of bias and alpha."""
+    start_after_previous(OVERLAP)
     pid = tl.program_id(0) - 1
     if pid < 0:  # the longest program, so it starts first; its loads do not wait for each other
         j = tl.arange(0, 2 * NP)
@@ -176,7 +192,7 @@ def reduce_kernel(
         tl.store(DPARAMS + j, tl.sum(rows, axis=0), mask=j < NP + 3)
     else:
         at = pid * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.load(FIRST + at, mask=at < SIZE, other=0.0)
         for start in range(0, S, DEPTH):
             slab = start + tl.arange(0, DEPTH)
             mask = (slab < S)[:, None] & (at < SIZE)[None, :]
@@ -194,13 +210,17 @@ def streams_backward(
     phi: torch.Tensor,
     *,
     config: StreamsBackwardConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``dx (..., n, C)`` and ``dphi_slabs [S, N, K]`` fp32; ``g`` or ``gu`` may be None (term absent)."""
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Return ``dx (..., n, C)`` and the slabs of dphi; ``g`` or ``gu`` may be None (term absent).
+
+    The slabs are the first ``[N, K]``, which :func:`reduce_slabs` turns into dphi in its place, and the other S - 1,
+    ``[S - 1, N, K]``, fp32.
+    """
     num_rows, k = phi.shape
     num_tokens, device = x.numel() // k, x.device
     dx = torch.empty_like(x)
     if num_tokens == 0:
-        return dx, torch.empty((0, num_rows, k), dtype=torch.float32, device=device)
+        return dx, (torch.zeros_like(phi), phi.new_empty((0, num_rows, k)))
     start, num_splits = streams_backward_launch(
         num_tokens,
         *x.shape[-2:],
@@ -212,9 +232,9 @@ def streams_backward(
         gu is not None,
         config,
     )
-    slabs = torch.empty((num_splits, num_rows, k), dtype=torch.float32, device=device)
-    start(x, x if g is None else g, x if gu is None else gu, mix, dz, phi, dx, slabs)
-    return dx, slabs
+    first, others = torch.empty_like(phi), phi.new_empty((num_splits - 1, num_rows, k))
+    start(x, x if g is None else g, x if gu is None else gu, mix, dz, phi, dx, first, others)
+    return dx, (first, others)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -230,14 +250,15 @@ def streams_backward_launch(
     has_gu: bool,
     config: StreamsBackwardConfig | None,
 ) -> tuple[Launch, int]:
-    """The launch of B2, and the number of slabs it writes."""
+    """The launch of B2, and the number of slabs it writes, the first apart from the others."""
     if config is None:
         config = streams_backward_config(
             num_tokens, num_streams, dim, dtype.itemsize, num_sms(device), capability(device)
         )
     span = cdiv(cdiv(num_tokens, config.num_splits), config.block_tokens) * config.block_tokens
     num_splits = cdiv(num_tokens, span)
-    two_terms, in_turn = dtype == torch.bfloat16, num_splits > _MOST_RANGES
+    two_terms = dtype == torch.bfloat16
+    in_turn = num_splits > _MOST_RANGES or num_tokens * num_streams * dim * dtype.itemsize <= _CACHE_BYTES
     grid = (cdiv(dim, config.block_channels) * (num_streams // config.group), num_splits)
     constants = {
         "C": dim,
@@ -254,6 +275,7 @@ def streams_backward_launch(
         "HAS_GU": has_gu,
         "UPCAST": is_interpreting() or not two_terms,
         "PRECISION": "ieee",
+        "OVERLAP": overlaps(device),
     }
     return Launch(
         streams_backward_kernel,
@@ -264,8 +286,17 @@ def streams_backward_launch(
     ), num_splits
 
 
-def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum ``[S, N, K]`` slabs and ``[programs, PAD(N) + 4]`` partials in a fixed order.
+def reduce_slabs(
+    slabs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], params: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum slabs and ``[programs, PAD(N) + 4]`` partials in a fixed order.
+
+    Parameters
+    ----------
+    slabs : Tensor or tuple of Tensor
+        ``[S, N, K]``, or the first ``[N, K]``, which becomes dphi, and the others ``[S - 1, N, K]``.
+    params : Tensor
+        Of the finish.
 
     Returns
     -------
@@ -274,19 +305,31 @@ def reduce_slabs(dphi_slabs: torch.Tensor, params: torch.Tensor) -> tuple[torch.
     dparams : Tensor
         ``[PAD(N) + 4]`` fp32: dbias in the first N, dalpha (pre, post, res) from PAD(N) on.
     """
-    num_splits, num_rows, k = dphi_slabs.shape
-    padded = params.shape[1] - 4
-    if num_splits == 0:
-        return dphi_slabs.new_zeros((num_rows, k)), params.new_zeros((padded + 4,))
-    dphi = torch.empty((num_rows, k), dtype=torch.float32, device=dphi_slabs.device)
-    dparams = torch.empty((padded + 4,), dtype=torch.float32, device=dphi_slabs.device)
-    reduce_launch(num_splits, num_rows * k, params.shape[0], padded, params.device)(dphi_slabs, params, dphi, dparams)
+    programs, width = params.shape
+    dparams = params.new_empty((width,))
+    if isinstance(slabs, tuple):
+        first, others = slabs
+        dphi = first
+    else:
+        dphi = slabs.new_empty(slabs.shape[1:])
+        first, others = slabs, slabs[1:]
+    if programs == 0:  # no tokens
+        return dphi.zero_(), dparams.zero_()
+    start = reduce_launch(others.shape[0], dphi.numel(), programs, width - 4, params.device)
+    start(first, others, params, dphi, dparams)
     return dphi, dparams
 
 
 @functools.lru_cache(maxsize=1024)
-def reduce_launch(num_splits: int, size: int, programs: int, padded: int, device: torch.device) -> Launch:
-    """The launch of the reduce, for one device."""
+def reduce_launch(num_others: int, size: int, programs: int, padded: int, device: torch.device) -> Launch:
+    """The launch of the reduce, for one device, of a first slab and others; dphi may be in the place of the first."""
     block = 16384 if is_interpreting() else 256
-    constants = {"SIZE": size, "NP": padded, "BLOCK": block, "DEPTH": 8, "ROWS": 4096 // padded}
-    return Launch(reduce_kernel, (cdiv(size, block) + 1,), (num_splits, programs), constants, 4)
+    constants = {
+        "SIZE": size,
+        "NP": padded,
+        "BLOCK": block,
+        "DEPTH": 8,
+        "ROWS": 4096 // padded,
+        "OVERLAP": overlaps(device),
+    }
+    return Launch(reduce_kernel, (cdiv(size, block) + 1,), (num_others, programs), constants, 4)

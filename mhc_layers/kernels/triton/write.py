@@ -9,19 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_layers.kernels.triton.configs import RowConfig, cdiv, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, overlaps, row_config
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["write_forward"]
 
 
 @triton.jit(do_not_specialize=["M"])
-def write_forward_kernel(X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def write_forward_kernel(
+    X, F, COEF, OUT, M, C: tl.constexpr, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, OVERLAP: tl.constexpr
+):
     """Eq. 3 after the sublayer in fp32, one rounding at the end.
 
     The fused multiply-adds are written out: left to the compiler, another kernel of the same sum contracts another of
     its products. So the boundary kernels, the rebuild and the first site give these bits.
     """
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     tiles: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
@@ -62,5 +66,11 @@ def _launch(
     if config is None:
         config = row_config(num_streams, dim, dtype.itemsize, reducing=False)
     grid = (cdiv(num_tokens, config.block_tokens) * cdiv(dim, config.block_channels),)
-    constants = {"C": dim, "n": num_streams, "BT": config.block_tokens, "BC": config.block_channels}
+    constants = {
+        "C": dim,
+        "n": num_streams,
+        "BT": config.block_tokens,
+        "BC": config.block_channels,
+        "OVERLAP": overlaps(device),
+    }
     return Launch(write_forward_kernel, grid, (num_tokens,), constants, config.num_warps)

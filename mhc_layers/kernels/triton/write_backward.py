@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from mhc_layers.kernels.options import SiteOptions
-from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, row_config
+from mhc_layers.kernels.triton.configs import RowConfig, cdiv, lane_values, overlaps, row_config
 from mhc_layers.kernels.triton.launch import Launch
+from mhc_layers.kernels.triton.overlap import start_after_previous
 
 __all__ = ["write_backward"]
 
@@ -38,8 +39,10 @@ def write_backward_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """df = sum_o h_post[o] g[o];  dh_post[o] = <g[o], f>;  dh_res[o, i] = <g[o], x[i]>."""
+    start_after_previous(OVERLAP)
     N: tl.constexpr = n * (n + 2)
     tok = tl.program_id(0) * BT + tl.arange(0, BT)
     live = tok < M
@@ -124,6 +127,7 @@ def _launch(
         "BT": config.block_tokens,
         "BC": config.block_channels,
         "V": lane_values(config),
+        "OVERLAP": overlaps(device),
     }
     grid = (cdiv(num_tokens, config.block_tokens),)
     return Launch(write_backward_kernel, grid, (num_tokens, post_multiplier), constants, config.num_warps)
