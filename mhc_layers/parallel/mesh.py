@@ -157,11 +157,8 @@ def join_processes(device_type: str, *, timeout: timedelta = timedelta(minutes=1
         return World()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     return World(
         rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, in_group=True, owns_group=True
     )
