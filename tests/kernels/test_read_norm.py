@@ -167,6 +167,7 @@ def test_rows_too_long_for_the_registers_are_refused() -> None:
     [
         (4, 4096, torch.bfloat16),
         (4, 1000, torch.bfloat16),
+        (4, 1280, torch.bfloat16),
         (3, 1280, torch.bfloat16),
         (8, 4096, torch.bfloat16),
         (4, 7168, torch.bfloat16),

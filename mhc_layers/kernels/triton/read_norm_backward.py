@@ -152,7 +152,8 @@ def backward_config(num_streams: int, dim: int, item_size: int) -> NormConfig:
         config = norm_config(dim, item_size, 2)
         if config.num_warps <= (8 if item_size == 2 else 16):
             return config
-    return norm_config(dim, item_size, 4)
+    # rows of 1280 channels are five tiles of one warp, or three of two warps with a sixth of the lanes idle
+    return norm_config(dim, item_size, 5 if num_streams == 4 and item_size == 2 and dim <= 1280 else 4)
 
 
 def residency(config: NormConfig, num_streams: int, item_size: int, capability: int) -> tuple[int, int]:
