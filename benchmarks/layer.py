@@ -118,12 +118,10 @@ def run(
         report["shapes"].append(by_shape[m, c])
     inputs: dict[tuple[int, int], list[Inputs]] = {}
     for (m, c), name in _order(shapes, names):
-        if name is None:
-            if kernels:
-                by_shape[m, c]["kernels"] = _kernels(m, n, c, deadline)
-        elif deadline.passed:
+        if name is not None and deadline.passed:
             by_shape[m, c]["rows"].append({"name": name, "skipped": deadline.reason})
-        else:
+            continue
+        if name is not None:
             if (m, c) not in inputs:  # sets that together exceed the L2 cache
                 inputs = {(m, c): [Inputs.random(m, n, c, seed) for seed in range(2 if m * c > 1e7 else 4)]}
             row = _row(_IMPLEMENTATIONS[name], n, c, inputs[m, c], chain)
@@ -131,6 +129,8 @@ def run(
             print(f"{m}x{c} {json.dumps(row)}", file=sys.stderr, flush=True)
             if _IMPLEMENTATIONS[name].builds:
                 torch.compiler.reset()
+        elif kernels:
+            by_shape[m, c]["kernels"] = _kernels(m, n, c, deadline)
         save()
         free()
     save()
