@@ -34,15 +34,15 @@ def batch(rows=8):
     return torch.randint(256, (rows, 13), generator=torch.Generator().manual_seed(5))
 
 
-def build(model_config, parallel, world, dtype=torch.float32, device="cpu"):
+def build(model_config, parallel, world, dtype=torch.float32):
     torch.manual_seed(0)
-    model = Transformer(model_config).to(device)
-    return parallelize(model, parallel, Precision(device_type=device, stream_dtype=dtype), world=world)
+    precision = Precision(device_type="cpu", stream_dtype=dtype)
+    return parallelize(Transformer(model_config), parallel, precision, world=world)
 
 
-def one_process(model_config, micro=0, dtype=torch.float32, device="cpu", clip=0.5):
+def one_process(model_config, micro=0, dtype=torch.float32):
     """Loss, gradients, norm, parameters after two steps and optimizer state of a single process."""
-    return steps(build(model_config, ParallelConfig(), World(), dtype, device), micro, clip)
+    return steps(build(model_config, ParallelConfig(), World(), dtype), micro)
 
 
 def steps(engine, micro=0, clip=0.5):
