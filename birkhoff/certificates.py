@@ -34,6 +34,7 @@ Order = Literal["application", "written"]
 _EPS = 2.0**-52  # twice the unit roundoff u of float64: 1 + k _EPS bounds 1/(1-u)^k while k u <= 1/2
 _TINY64 = 2.0**-1022  # bounds what one float64 operation loses to underflow, whether or not subnormals are flushed
 _TINY32 = 2.0**-126  # bounds what reading one float32 or bfloat16 entry loses where subnormals are flushed
+_ABOVE_LOSS = 2.0**-70  # least entry of a Collatz vector there: what is lost is divided by it
 _INF = float("inf")
 _SMALL = 32  # up to this n the Collatz vector comes from repeated squaring of the Gram matrix
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}  # of one float64 temporary: the cache's size, or enough work for a GPU
@@ -439,8 +440,9 @@ class _Product:
     def _positive(self, vector: Any) -> Any:
         """Scale to a largest entry of one, and lift what is tiny or no number: any positive vector is valid."""
         xp = self.xp
+        least = _ABOVE_LOSS if self.read_loss else _TINY32
         scaled = vector / xp.max(vector, axis=0)
-        return xp.where(scaled > _TINY32, scaled, xp.full_like(scaled, _TINY32))
+        return xp.where(scaled > least, scaled, xp.full_like(scaled, least))
 
 
 def _bounds(product: _Product, num_steps: int) -> dict[str, Any]:
