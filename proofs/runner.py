@@ -153,9 +153,10 @@ def _draw(claim: Claim, subject: Any, profile: Profile, seed_value: int | None) 
     if isinstance(wanted, list):
         return [_supported(sample, subject) for sample in wanted]
     drawn: list[Sample] = []
+    share = 1.0 if claim.itemwise else getattr(subject, "effort", 1.0)
     test = given(wanted)(lambda sample: drawn.append(_supported(sample, subject)))
     test = settings(
-        max_examples=max(1, round(profile.max_examples * claim.effort)),
+        max_examples=max(1, round(profile.max_examples * claim.effort * share)),
         phases=(Phase.generate,),
         database=None,
         deadline=None,

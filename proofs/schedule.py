@@ -1,11 +1,13 @@
 """The order in which claims are tried, so that a run that is cut has seen what matters most.
 
-First every claim once on every backend, on the subject that stands for the others; then all the rest. In both parts the
-long ones begin first, so that several processes end at about the same time.
+First every claim once on every backend, on the subject that stands for the others; then every claim on its second
+subject, and so on, the slow subjects last. Among equals the long ones begin first, so that several processes end at
+about the same time.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,13 +49,14 @@ def by_importance(wanted: Sequence[tuple[Claim, Any]]) -> list[tuple[Claim, Any]
     Pairs whose claim is not made of the subject cost nothing and come first.
     """
     ranks: dict[int, int] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: Counter[tuple[str, str]] = Counter()
     for at in sorted(range(len(wanted)), key=lambda at: _standing(wanted[at][1])):
         claim, subject = wanted[at]
-        key = claim.name, subject.backend.name
-        ranks[at] = -1 if claim.applies(subject) is not None else int(key in seen)
-        if ranks[at] == 0:
-            seen.add(key)
+        if claim.applies(subject) is not None:
+            ranks[at] = -1
+            continue
+        ranks[at] = seen[claim.name, subject.backend.name]
+        seen[claim.name, subject.backend.name] += 1
     order = sorted(range(len(wanted)), key=lambda at: (ranks[at], -_seconds(*wanted[at]), at))
     return [wanted[at] for at in order]
 

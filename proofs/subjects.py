@@ -56,6 +56,8 @@ class Subject:
         The n that it takes; ``None``: every n.
     one_by_one : bool
         It loops over the matrices of a stack, so that a large one would take minutes.
+    effort : float
+        Multiplies the number of examples of claims that take them one by one; below 1 for what is slow.
     project : callable or None
         Array to a full `birkhoff.Projection`.
     vjp : callable or None
@@ -81,6 +83,7 @@ class Subject:
     eps: tuple[float, float] | None = None
     sizes: tuple[int, ...] | None = None
     one_by_one: bool = False
+    effort: float = 1.0
     project: Projector | None = field(default=None, repr=False)
     vjp: Callable[[Any, Any], Any] | None = field(default=None, repr=False)
     tolerant: Callable[[float], Projector] | None = field(default=None, repr=False)
@@ -307,6 +310,7 @@ def solver_subject(solver: Any, chosen: Backend, *, finish: str = "none") -> Sub
         num_iters=None if converged else solver.num_iters,
         geometry="euclidean" if name == "Euclidean" else "kl",
         converged=converged,
+        effort=0.25 if name == "Euclidean" else 1.0,
         finish=finish,
         eps=(solver.eps_start, solver.eps_den) if name == "SinkhornDamped" else None,
         project=project,
