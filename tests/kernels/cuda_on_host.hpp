@@ -1,37 +1,18 @@
-// Runs the CUDA C++ of mhc_layers/kernels/cuda on the host: one block at a time, every CUDA thread a fibre.
+// Runs the CUDA C++ of mhc_layers/kernels/cuda on the host, one block at a time, by fibres.hpp.
 //
-// A fibre runs until a barrier of its block or its warp and then yields, so execution is deterministic. The instructions of
-// ptx.cuh are replaced by their definitions. Asynchronous copies happen at the earliest moment the program allows (at the
-// copy) or at the latest (when the wait for their group returns): a kernel must be right under both, or it reads a tile that
-// may not have arrived, or overwrites one that is in use. Shared memory starts as NaN.
-#include <ucontext.h>
-
+// The instructions of ptx.cuh are replaced by their definitions. Asynchronous copies happen at the earliest moment the
+// program allows (at the copy) or at the latest (when the wait for their group returns): a kernel must be right under both,
+// or it reads a tile that may not have arrived, or overwrites one that is in use.
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <deque>
-#include <functional>
-#include <vector>
 
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __shared__
-#define __align__(n)
+#include "fibres.hpp"
 
 struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct dim3 { unsigned x = 0, y = 0, z = 0; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float __uint_as_float(unsigned w) { float f; std::memcpy(&f, &w, 4); return f; }
-inline unsigned __float_as_uint(float f) { unsigned w; std::memcpy(&w, &f, 4); return w; }
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T v) { *p = v; }
@@ -45,72 +26,18 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 }
 using std::min;
 
-alignas(128) unsigned char shared[1 << 18];
-dim3 blockIdx, gridDim, blockDim;
-
-// ---- fibres
-
 struct Copy { void* to; const void* from; int bytes; bool valid; };
-struct Fibre {
-  ucontext_t context;
-  std::vector<char> stack;
-  bool finished = false;
-  std::vector<Copy> open;                // copies not yet committed
+struct Copies {
+  std::vector<Copy> open;                // not yet committed
   std::deque<std::vector<Copy>> groups;  // committed and pending
-  int step = 0;                          // warp operations so far
 };
-std::vector<Fibre> fibres;
-ucontext_t scheduler;
-int current = 0;
+std::vector<Copies> copies;  // of each fibre
 bool copies_late = false;
-std::function<void()> body;
-struct { int block = 0, warp[32] = {}; } arrived;
-int block_generation = 0, warp_generation[32] = {};
-
-struct Index { unsigned x; };
-inline Index thread_index() { return {(unsigned)current}; }
-#define threadIdx (thread_index())
-
-inline void yield() {
-  const int me = current;
-  swapcontext(&fibres[me].context, &scheduler);
-  current = me;
-}
-inline void meet(int& count, int& generation, int size) {
-  const int mine = generation;
-  if (++count == size) { count = 0, generation++; return; }
-  while (generation == mine) yield();
-}
-inline void __syncthreads() { meet(arrived.block, block_generation, (int)fibres.size()); }
-inline void __syncwarp() { meet(arrived.warp[current / 32], warp_generation[current / 32], 32); }
-
-void entry() {
-  body();
-  fibres[current].finished = true;
-  for (;;) yield();
-}
-
-void run_block(int threads) {
-  std::memset(shared, 0xff, sizeof shared);
-  fibres = std::vector<Fibre>(threads);
-  blockDim.x = threads;
-  for (auto& fibre : fibres) {
-    fibre.stack.resize(1 << 17);
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.data(), fibre.context.uc_stack.ss_size = fibre.stack.size();
-    makecontext(&fibre.context, entry, 0);
-  }
-  for (bool alive = true; alive;) {
-    alive = false;
-    for (int k = 0; k < threads; k++)
-      if (!fibres[k].finished) current = k, alive = true, swapcontext(&scheduler, &fibres[k].context);
-  }
-}
 
 template <class Kernel> void launch(unsigned x, unsigned y, int threads, bool late, Kernel kernel) {
   gridDim.x = x, gridDim.y = y, copies_late = late, body = kernel;
   for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
-    for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++) run_block(threads);
+    for (blockIdx.x = 0; blockIdx.x < x; blockIdx.x++) copies.assign(threads, {}), run_block(threads);
 }
 
 // ---- the instructions of ptx.cuh
@@ -133,39 +60,33 @@ DEVICE void perform(const Copy& copy) {
 }
 template <int BYTES> DEVICE void copy_async(void* to, const void* from, bool valid) {
   const Copy copy = {to, from, BYTES, valid};
-  if (copies_late && BYTES > 2) fibres[current].open.push_back(copy);
+  if (copies_late && BYTES > 2) copies[current].open.push_back(copy);
   else perform(copy);
 }
 DEVICE void copy_async(void* to, const void* from) { copy_async<16>(to, from, true); }
 DEVICE void prefetch(const void*) {}
 DEVICE void copies_commit() {
-  auto& fibre = fibres[current];
-  fibre.groups.push_back(std::move(fibre.open));
-  fibre.open.clear();
+  auto& mine = copies[current];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
 }
 template <int PENDING> DEVICE void copies_wait() {
-  auto& groups = fibres[current].groups;
+  auto& groups = copies[current].groups;
   for (; (int)groups.size() > PENDING; groups.pop_front())
     for (const Copy& copy : groups.front()) perform(copy);
 }
 
-// What each lane gives to an operation of its warp; two sets, because a lane can be one operation ahead
-struct Operands { u32 a[4], b[2]; const void* row; } operands[2][32][32];
-DEVICE Operands (&exchange(const Operands& mine))[32] {
-  const int warp = current / 32, set = fibres[current].step++ & 1;
-  operands[set][warp][current % 32] = mine;
-  __syncwarp();
-  return operands[set][warp];
-}
+struct Lane { u32 a[4], b[2]; const void* row; };
+Operands<Lane> operands;
 
 DEVICE void load_matrices(u32* words, const void* row) {
-  auto& lanes = exchange({{}, {}, row});
+  auto& lanes = exchange(operands, {{}, {}, row});
   const int q = current % 4, p = current % 32 / 4;
   for (int m = 0; m < 4; m++) std::memcpy(words + m, (const char*)lanes[8 * m + p].row + 4 * q, 4);
 }
 
 DEVICE void load_transposed(u32* words, const void* row) {
-  auto& lanes = exchange({{}, {}, row});
+  auto& lanes = exchange(operands, {{}, {}, row});
   const int q = current % 4, p = current % 32 / 4;
   for (int m = 0; m < 4; m++)
     for (int h = 0; h < 2; h++)
@@ -173,7 +94,7 @@ DEVICE void load_transposed(u32* words, const void* row) {
 }
 
 // d[r, c] += sum_k a[r, k] b[k, c]: element k sits in word k / 8, lane k % 8 / 2, half k % 2
-DEVICE void multiply(float* d, Operands (&lanes)[32], int depth) {
+DEVICE void multiply(float* d, Lane (&lanes)[32], int depth) {
   const int q = current % 4, p = current % 32 / 4;
   for (int e = 0; e < 4; e++) {
     const int column = 2 * q + e % 2, upper = e / 2;
@@ -188,12 +109,12 @@ DEVICE void multiply(float* d, Operands (&lanes)[32], int depth) {
 }
 DEVICE void mma16(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, bool first = false) {
   if (first) d[0] = d[1] = d[2] = d[3] = 0.f;
-  multiply(d, exchange({{a0, a1, a2, a3}, {b0, b1}, nullptr}), 16);
+  multiply(d, exchange(operands, {{a0, a1, a2, a3}, {b0, b1}, nullptr}), 16);
 }
-DEVICE void mma8(float* d, u32 a0, u32 a1, u32 b0) { multiply(d, exchange({{a0, a1}, {b0}, nullptr}), 8); }
+DEVICE void mma8(float* d, u32 a0, u32 a1, u32 b0) { multiply(d, exchange(operands, {{a0, a1}, {b0}, nullptr}), 8); }
 DEVICE float __shfl_sync(unsigned, float value, int lane) {
-  return __uint_as_float(exchange({{__float_as_uint(value)}, {}, nullptr})[lane].a[0]);
+  return __uint_as_float(exchange(operands, {{__float_as_uint(value)}, {}, nullptr})[lane].a[0]);
 }
 DEVICE float __shfl_xor_sync(unsigned, float value, int mask) {
-  return __uint_as_float(exchange({{__float_as_uint(value)}, {}, nullptr})[current % 32 ^ mask].a[0]);
+  return __uint_as_float(exchange(operands, {{__float_as_uint(value)}, {}, nullptr})[current % 32 ^ mask].a[0]);
 }
