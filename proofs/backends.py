@@ -123,6 +123,12 @@ class StrictBackend(Backend):
         return {"contiguous": self.asarray(values, dtype)}
 
 
+def _differentiable(result: Any) -> Any:
+    if not getattr(result, "requires_grad", False):
+        raise RuntimeError("no gradient flows through it: to torch.autograd its result is a constant")
+    return result
+
+
 class TorchBackend(Backend):
     """PyTorch on one device."""
 
@@ -158,14 +164,14 @@ class TorchBackend(Backend):
         torch = importlib.import_module("torch")
         with torch.enable_grad(), self.kernels():
             leaf = logits.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(function(leaf), leaf, grad)
+            (gradient,) = torch.autograd.grad(_differentiable(function(leaf)), leaf, grad)
         return gradient
 
     def second(self, function: Projector, logits: Any, grad: Any, direction: Any) -> Any:
         torch = importlib.import_module("torch")
         with torch.enable_grad(), self.kernels():
             leaf = logits.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(function(leaf), leaf, grad, create_graph=True)
+            (gradient,) = torch.autograd.grad(_differentiable(function(leaf)), leaf, grad, create_graph=True)
             (second,) = torch.autograd.grad((gradient * direction).sum(), leaf)
         return second
 
@@ -273,9 +279,8 @@ def installed_backends() -> list[str]:
 def with_dtypes(chosen: Backend, names: Sequence[str]) -> Backend:
     """Return the same backend, trying only these dtypes; ``ValueError`` lists those it has."""
     known = (*chosen.dtypes, *chosen.halves)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"dtypes {list(names)} on {chosen.name}; choose from {', '.join(known)}")
+    if isinstance(names, str) or not names or not set(names) <= set(known):
+        raise ValueError(f"dtypes = {names!r} on {chosen.name}; give a list of {', '.join(known)}")
     narrowed = copy.copy(chosen)
     narrowed.dtypes = tuple(name for name in names if name in chosen.dtypes) or tuple(names)
     narrowed.halves = tuple(name for name in names if name in chosen.halves)

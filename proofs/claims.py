@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 from proofs import (
     batch,
     certificate,
@@ -62,15 +65,23 @@ PROJECTION_CLAIMS: tuple[Claim, ...] = tuple(claim for claim in CLAIMS if claim.
 
 def by_name(name: str) -> Claim:
     """Return one claim; ``ValueError`` lists the names that come close."""
-    for claim in CLAIMS:
-        if claim.name == name:
-            return claim
-    close = [claim.name for claim in CLAIMS if name and name in claim.name] or [claim.name for claim in CLAIMS]
-    raise ValueError(f"unknown claim {name!r}; there is {', '.join(close)}")
+    names = [claim.name for claim in CLAIMS]
+    if name in names:
+        return CLAIMS[names.index(name)]
+    close = [one for one in names if name and name in one] or difflib.get_close_matches(name, names)
+    hint = f"there is {', '.join(close)}" if close else "python -m proofs --list prints all"
+    raise ValueError(f"unknown claim {name!r}; {hint}")
 
 
-def select(names: list[str] | None) -> tuple[Claim, ...]:
-    """Return the claims with these names, or of these families, each once; all of them for ``None``."""
+def select(names: Sequence[str] | None) -> tuple[Claim, ...]:
+    """Return the claims with these names, or of these families, each once; all of them for ``None``.
+
+    >>> from proofs import claims
+    >>> [claim.name for claim in claims.select(["one_by_one_is_one", "decomposition"])]
+    ['one_by_one_is_one', 'decomposition_rebuilds']
+    """
+    if isinstance(names, str):
+        raise ValueError(f"got the text {names!r}; give a list of names of claims or families")
     if not names:
         return CLAIMS
     chosen: dict[str, Claim] = {}

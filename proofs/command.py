@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from proofs import claims, pool, report, runner, strategies
+from proofs import claims, pool, report, runner
 from proofs._claim import Claim, Sample
 from proofs.backends import BACKENDS
 from proofs.runner import PROFILES, Outcome
@@ -87,16 +87,10 @@ def _error(text: str) -> Text:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what would be ignored, and what could only fail at the end."""
-    for name in ("jobs", "num_iters"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}; give 1 or more")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}; give 1 or more")
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"--seconds {options.seconds:g}; give more than 0")
-    strange = [size for size in options.size or () if size not in strategies.SIZES]
-    if strange:
-        known = ", ".join(map(str, strategies.SIZES))
-        raise ValueError(f"--size {strange[0]}: no claim has examples of it; choose from {known}")
     if options.projection is not None and options.solver:
         raise ValueError("--solver is about this library; with --projection there is one function")
     if options.projection is None:
@@ -105,6 +99,9 @@ def _check(options: argparse.Namespace) -> None:
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
             raise ValueError(f"{', '.join(ignored)}: about a function of yours; give --projection as well")
+    for option, path in (("--json", options.json), ("--junit", options.junit)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{option} {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}")
     if options.junit:
         options.junit.touch()
 
@@ -193,8 +190,11 @@ def _as_reported(options: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def _replay(found: list[Any], path: Path, failing: Sequence[tuple[str, str, Sample]]) -> list[Outcome]:
     by_title = {subject.title: subject for subject in found}
+    known = {claim.name for claim in claims.CLAIMS}
     outcomes = []
     for claim_name, title, sample in failing:
+        if claim_name not in known:
+            raise ValueError(f"{path} is of another version: this one makes no claim {claim_name!r}")
         if title not in by_title:
             raise ValueError(
                 f"{path} holds an example of {title!r}, which these options don't select; pass the same ones, or none"

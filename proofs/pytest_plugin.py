@@ -40,9 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One item for every claim about projections, for tests that take ``birkhoff_claim``."""
     if "birkhoff_claim" in metafunc.fixturenames:
-        claims = importlib.import_module("proofs.claims")
+        claims = _load("proofs.claims")
         names = [claim.name for claim in claims.PROJECTION_CLAIMS]
         metafunc.parametrize("birkhoff_claim", names, indirect=True)
+
+
+def _load(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        pytest.fail(f"{error.name} is not installed; pip install 'birkhoff-mhc[proofs]'", pytrace=False)
 
 
 class ClaimUnderTest:
@@ -78,12 +85,10 @@ def _run(
     profile: str,
     seed: int | None,
 ) -> list[Any]:
-    claims = importlib.import_module("proofs.claims")
-    runner = importlib.import_module("proofs.runner")
-    subjects = importlib.import_module("proofs.subjects")
+    claims, runner = _load("proofs.claims"), _load("proofs.runner")
     name = getattr(projection, "__name__", type(projection).__name__)
-    subject = subjects.user_subject(projection, name=name, **facts)
-    chosen = claims.PROJECTION_CLAIMS if names is None else claims.select(list(names))
+    subject = _load("proofs.subjects").user_subject(projection, name=name, **facts)
+    chosen = claims.PROJECTION_CLAIMS if names is None else claims.select(names)
     others = [claim.name for claim in chosen if claim.kind != "projection"]
     if others:
         raise ValueError(f"{', '.join(others)}: not about projections, so nothing of {name} would be tried")
@@ -91,7 +96,7 @@ def _run(
 
 
 def _fail_if_broken(outcomes: Sequence[Any]) -> None:
-    report = importlib.import_module("proofs.report")
+    report = _load("proofs.report")
     broken = [outcome for outcome in outcomes if outcome.verdict == "broken"]
     if broken:
         pytest.fail("\n\n".join(report.explain(outcome) for outcome in broken), pytrace=False)

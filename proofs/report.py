@@ -215,7 +215,7 @@ def load_failures(path: Path) -> tuple[dict[str, Any], list[tuple[str, str, Samp
             if record["failing"] is not None
         ]
         return document["settings"], failing
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a report of python -m proofs --json ({type(error).__name__}: {error})"
         ) from error
@@ -228,6 +228,7 @@ def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:
         name="proofs",
         tests=str(len(outcomes)),
         failures=str(sum(outcome.verdict == "broken" for outcome in outcomes)),
+        errors="0",
         skipped=str(sum(outcome.verdict in ("not claimed", "not tried") for outcome in outcomes)),
         time=f"{sum(outcome.seconds for outcome in outcomes):.3f}",
     )

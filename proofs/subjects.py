@@ -6,13 +6,14 @@ A claim reads these facts to decide whether it applies.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from proofs import model
+from proofs import model, strategies
 from proofs._claim import Sample
 from proofs.backends import Backend, Projector, backend, with_dtypes
 from proofs.measure import accuracy_allowance, finish_allowance, limit_allowance, marginal_allowance
@@ -190,8 +191,6 @@ def load_function(spec: str) -> Projector:
         if not hasattr(target, part):
             raise ValueError(f"{module_name!r} has no attribute {attribute!r}")
         target = getattr(target, part)
-    if not callable(target):
-        raise ValueError(f"{spec!r} is a {type(target).__name__}, not a function of an array of logits")
     return target
 
 
@@ -205,13 +204,51 @@ def user_subject(
     dtypes: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Subject:
-    """Wrap anybody's function.
+    """Wrap anybody's function, so that claims can be tried on it.
 
-    With `num_iters` it is also compared with the model of that many iterations; `dtypes` and `sizes` narrow what it is
-    tried on. An attribute ``one_by_one = True`` of the function says that it loops over the matrices of a stack.
+    Parameters
+    ----------
+    function : callable
+        Array (..., n, n) of logits to an array of the same kind, shape and dtype. An attribute ``one_by_one = True``
+        says that it loops over the matrices of a stack.
+    name : str
+        Shown in reports.
+    last : {"rows", "columns"}
+        The side that it normalises last.
+    backend_name : str
+        Which arrays it takes, a key of :data:`proofs.backends.BACKENDS`.
+    num_iters : int, optional
+        Compare it with that many exact iterations as well.
+    dtypes : sequence of str, optional
+        Try only these of the backend's.
+    sizes : sequence of int, optional
+        Try only these n.
+
+    Raises
+    ------
+    ValueError
+        It cannot be called with one array, or an option is none of those above.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from proofs import claims, runner, subjects
+    >>> def uniform(logits):
+    ...     return np.full_like(logits, 1 / logits.shape[-1])
+    >>> subject = subjects.user_subject(uniform, name="uniform")
+    >>> runner.run_claim(claims.by_name("last_side_exact"), subject, runner.PROFILES["quick"]).verdict
+    'holds'
+    >>> runner.run_claim(claims.by_name("doubly_stochastic_is_fixed"), subject, runner.PROFILES["quick"]).verdict
+    'broken'
     """
+    _refuse_other_calls(function, name)
     if last not in ("rows", "columns"):
         raise ValueError(f"last = {last!r}; give 'rows' or 'columns': the side that is normalised last")
+    if num_iters is not None and num_iters < 1:
+        raise ValueError(f"num_iters = {num_iters}; give 1 or more")
+    known = strategies.SIZES
+    if sizes is not None and not (isinstance(sizes, Sequence) and sizes and set(sizes) <= set(known)):
+        raise ValueError(f"sizes = {sizes!r}; give some of {', '.join(map(str, known))}")
     chosen = backend(backend_name) if dtypes is None else with_dtypes(backend(backend_name), dtypes)
     vjp = (lambda logits, grad: chosen.autograd(function, logits, grad)) if chosen.differentiates else None
     return Subject(
@@ -224,6 +261,20 @@ def user_subject(
         one_by_one=bool(getattr(function, "one_by_one", False)),
         vjp=vjp,
     )
+
+
+def _refuse_other_calls(function: Any, name: str) -> None:
+    """A projection takes one array; what a signature cannot say, the first claim finds out."""
+    if not callable(function):
+        raise ValueError(f"{name} is a {type(function).__name__}, not a function of an array of logits")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of compiled modules have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(f"{name}{signature} cannot be called with one array of logits: {error}") from None
 
 
 def builtin_subjects(backend_names: Sequence[str], solver_names: Sequence[str] | None = None) -> list[Subject]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -72,6 +73,29 @@ def test_reports_can_be_read_back_and_replayed(tmp_path: Path, capsys: pytest.Ca
     assert main(["--projection", RIGHT, *FEW, "--json", str(report)]) == 0
     assert main(["--replay", str(report)]) == 2
     assert "holds no failing example" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"claim": "sums_to_one"}, "is of another version: this one makes no claim 'sums_to_one'"),
+        ({"failing": {"logits": [[["not a number"]]], "shape": [1, 1, 1], "dtype": "float64", "seed": 0, "note": ""}},
+         "is not a report"),
+        ({"failing": {"logits": [[["0x0p0"]]], "shape": [1, 1, 1]}}, "is not a report"),
+    ],
+)  # fmt: skip
+def test_a_report_of_another_version_is_named(
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "out.json"
+    assert main(["--projection", WRONG, *FEW, "--json", str(report)]) == 1
+    document = json.loads(report.read_text())
+    document["outcomes"] = [{**document["outcomes"][0], **change}]
+    report.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert main(["--replay", str(report)]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert message in said and "out.json" in said
 
 
 def test_an_interrupted_run_reports_what_it_saw(
@@ -154,12 +178,18 @@ def test_list_prints_statements(capsys: pytest.CaptureFixture[str]) -> None:
         (["--replay", "/nonexistent.json", "--backend", "numpy"], "is not a report"),
         (["--projection", RIGHT, "--claim", "certificate"], "nothing to verify"),
         (["--projection", RIGHT, "--jobs", "0"], "give 1 or more"),
-        (["--projection", RIGHT, "--num-iters", "0"], "--num-iters 0; give 1 or more"),
-        (["--projection", RIGHT, "--size", "33"], "--size 33: no claim has examples of it"),
+        (["--projection", RIGHT, "--num-iters", "0"], "num_iters = 0; give 1 or more"),
+        (["--projection", RIGHT, "--size", "33"], "sizes = (33,); give some of 1, 2, 3,"),
+        (["--projection", RIGHT, "--dtype", "float8"], "dtypes = ('float8',) on numpy; give a list of float64"),
+        (["--projection", "operator:add"], "cannot be called with one array of logits: missing a required argument"),
+        (["--list", "--claim", "layers"], "unknown claim 'layers'"),
         (["--projection", RIGHT, "--solver", "Newton"], "--solver is about this library"),
         (["--backend", "numpy", "--dtype", "float32"], "--dtype: about a function of yours"),
         (["--backend", "numpy", "--last", "columns"], "--last columns: about a function of yours"),
-        (["--projection", RIGHT, "--junit", "/nonexistent/x.xml"], "No such file or directory"),
+        (["--projection", RIGHT, "--junit", "/nonexistent/x.xml"], "--junit /nonexistent/x.xml: its folder does not"),
+        (["--projection", RIGHT, "--json", "/nonexistent/x.json"], "--json /nonexistent/x.json: its folder does not"),
+        (["--projection", RIGHT, "--junit", "/"], "--junit /: a folder"),
+        (["--projection", RIGHT, "--json", "/"], "--json /: a folder"),
     ],
 )
 def test_wrong_arguments_get_a_friendly_message(

@@ -15,6 +15,7 @@ from proofs._claim import Observation, Sample, worst
 from proofs.backends import Backend
 from proofs.runner import PROFILES, Profile
 from proofs.selection import Selection
+from proofs.subjects import user_subject
 from tests.proofs import broken
 
 EFFORT = Profile("test", 10, shrink_budget=200)
@@ -79,6 +80,13 @@ def test_what_is_no_array_of_the_shape_is_named(wrong: Callable[[np.ndarray], An
     for name in ("last_side_exact", "norm_at_most_sqrt_of_open_sum", "any_batch_shape"):
         outcome = runner.run_claim(claims.by_name(name), broken.subject(wrong), EFFORT)
         assert outcome.verdict == "broken" and reason in outcome.reason, outcome.reason
+
+
+def test_a_torch_function_without_a_gradient_is_told_so() -> None:
+    pytest.importorskip("torch")
+    subject = user_subject(lambda logits: logits.detach().softmax(-1), name="detached", backend_name="torch")
+    outcome = runner.run_claim(claims.by_name("gradient_is_finite"), subject, EFFORT)
+    assert outcome.verdict == "broken" and "no gradient flows through it" in outcome.reason
 
 
 def test_shrinking_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,3 +158,4 @@ def test_a_report_that_cannot_be_written_is_said_at_once(tmp_path: Path, capsys:
     missing = str(tmp_path / "no_such_folder" / "out.json")
     assert main(["--projection", "tests.proofs.broken:ends_the_process", "--claim", FEW[0], "--json", missing]) == 2
     assert "no_such_folder" in "".join(capsys.readouterr().out.split("\n"))
+    assert list(tmp_path.iterdir()) == []
