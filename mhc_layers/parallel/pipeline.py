@@ -142,12 +142,14 @@ class PipelineEngine:
                 f"{self.num_micro} micro-batches (parallel.micro_batches)"
             )
         losses: list[Tensor] = []
+        # PyTorch 2.11 compares the strides of what a stage is given with those of a contiguous example
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:]
         if self.model.is_first and self.model.is_last:
-            self._schedule.step(tokens[:, :-1], target=tokens[:, 1:], losses=losses)
+            self._schedule.step(inputs, target=targets, losses=losses)
         elif self.model.is_first:
-            self._schedule.step(tokens[:, :-1])
+            self._schedule.step(inputs)
         elif self.model.is_last:
-            self._schedule.step(target=tokens[:, 1:], losses=losses)
+            self._schedule.step(target=targets, losses=losses)
         else:
             self._schedule.step()
         self._reduce_gradients()

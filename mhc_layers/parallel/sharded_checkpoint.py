@@ -145,7 +145,8 @@ def hash_shards(folder: Path, *, together: bool = True) -> dict[str, str]:
 def wait_for_all() -> None:
     """Return when every process of the group, if there is one, has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        on_gpus = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)  # else NCCL warns that it guesses
 
 
 @contextmanager

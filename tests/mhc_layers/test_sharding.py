@@ -13,7 +13,7 @@ from mhc_layers._fused_state import FusedState
 from mhc_layers._sharding import _RULES, _placements
 from mhc_layers._torch_ops import fused_site
 from mhc_layers.parallel.mesh import join_processes
-from tests.mhc_layers.processes import spawn
+from tests.mhc_layers.processes import devices, spawn
 from tests.mhc_layers.test_boundary_ops import make_sites
 
 
@@ -58,7 +58,7 @@ def start(device):
     return init_device_mesh(device, (world.size,))
 
 
-def compare(rank, device="cpu"):
+def compare(rank, device):
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_module, distribute_tensor
 
     mesh = start(device)
@@ -86,7 +86,7 @@ def compare(rank, device="cpu"):
             assert isinstance(ours_gradients[1].placements[0], Partial), case  # of phi: one sum over all, at the end
 
 
-def train(rank, device="cpu"):
+def train(rank, device):
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
     mesh = start(device)
@@ -109,14 +109,14 @@ def train(rank, device="cpu"):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.distributed
-def test_an_optimizer_adds_up_partial_gradients():
-    spawn(train)
+@pytest.mark.parametrize("device", devices())
+def test_an_optimizer_adds_up_partial_gradients(device):
+    spawn(train, device)
 
 
-@pytest.mark.distributed
-def test_sharded_tokens_give_the_results_of_one_process():
-    spawn(compare)
+@pytest.mark.parametrize("device", devices())
+def test_sharded_tokens_give_the_results_of_one_process(device):
+    spawn(compare, device)
 
 
 def test_rules_have_the_arguments_of_the_operators():
