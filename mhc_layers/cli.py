@@ -7,6 +7,7 @@ configuration, and every field of it can be changed by its path, such as ``--opt
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command, console
         )
     except (ValueError, TypeError, OSError, TrainingError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        text = _escaped(_explained(error))
+        Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -243,12 +245,16 @@ def _generate(command: Generate, console: Console) -> int:
 
 def _inspect(command: Inspect, console: Console) -> int:
     if command.io:
-        if command.element_size < 1 or (command.bandwidth is not None and not command.bandwidth > 0.0):
+        if command.element_size < 1 or (command.bandwidth is not None and not 0.0 < command.bandwidth < math.inf):
             raise ValueError(
-                f"--element-size is {command.element_size}, --bandwidth {command.bandwidth}; both must be above 0"
+                f"--element-size is {command.element_size}, --bandwidth {command.bandwidth}; both must be above 0 and "
+                "finite"
             )
         console.print(traffic_table(_io_model(command), element_size=command.element_size, bandwidth=command.bandwidth))
         return 0
+    for option in ("dim", "streams", "bandwidth"):
+        if getattr(command, option) is not None:
+            raise ValueError(f"--{option} belongs to --io: without it, the model of the checkpoint is inspected")
     if command.checkpoint is None:
         raise ValueError("inspect needs a run directory or a checkpoint, such as runs/tiny_cpu-mhc; or --io")
     if command.tokens < 1:
@@ -359,6 +365,15 @@ def _with_derived_sizes(arguments: list[str], model: TransformerConfig) -> list[
         if changed and _value(arguments, option) is None and getattr(model, derived) == getattr(fresh, derived):
             words += [option, "None"]
     return words
+
+
+def _explained(error: Exception) -> str:
+    """The message; for one of the operating system, which names a path and no remedy, a sentence."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{error.filename} can't be read or written ({error.strerror}); give another path, or change what is there"
+        )
+    return str(error)
 
 
 def _escaped(text: str) -> str:

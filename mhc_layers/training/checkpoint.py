@@ -250,7 +250,7 @@ def find_checkpoint(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         if folder.is_dir() and (found := list_checkpoints(folder)):
             return found[-1]
-    what = "holds no checkpoint" if path.is_dir() else "does not exist"
+    what = "holds no checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise CheckpointError(f"{path} {what}; give a run directory or a folder named {_PREFIX}<number> inside one")
 
 

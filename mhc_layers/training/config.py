@@ -212,6 +212,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
             raise ValueError(f"steps is {self.steps}, log_every {self.log_every}; both must be 1 or more")
+        if not self.name or self.name != Path(self.name).name:
+            raise ValueError(f"name is {self.name!r}; it names the run directory, so it must be a word without slashes")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2^63")
         if self.threads < 0:

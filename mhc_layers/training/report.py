@@ -230,11 +230,18 @@ def read_report(folder: Path) -> Report:
     ------
     FileNotFoundError
         If the run has none, because it was not finished.
+    ValueError
+        If it is damaged or of another version.
     """
     path = folder / "report.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no report.json; the run is not finished (train --resume {folder})")
-    return Report(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Report(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version ({error}); write it again with train --resume {folder}"
+        ) from error
 
 
 def show_report(report: Report, console: Console) -> None:

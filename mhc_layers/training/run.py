@@ -17,7 +17,13 @@ from rich.console import Console
 
 from mhc_layers import plots
 from mhc_layers.parallel.mesh import World, join_processes, leave_processes
-from mhc_layers.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, write_atomically
+from mhc_layers.training.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    write_atomically,
+)
 from mhc_layers.training.config import TrainConfig, encode
 from mhc_layers.training.data import Corpus, load_corpus
 from mhc_layers.training.errors import CheckpointError, ResumeError
@@ -114,7 +120,7 @@ def run(
 
 def _check_fresh(folder: Path) -> None:
     """Refuse a folder with a run in it: two logs would become one."""
-    if (folder / "checkpoints").exists():
+    if list_checkpoints(folder / "checkpoints"):
         raise ValueError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another --out")
     if (folder / "metrics.jsonl").exists():
         raise ValueError(

@@ -128,6 +128,10 @@ def test_bench_prints_every_connection(capsys):
         (["inspect"], "needs a run directory"),
         (["compare", "no-such-run"], "report.json"),
         (["bench", "--device", "tpu"], "accepted are"),
+        (["generate", __file__], "is a file; give a run directory"),
+        (["train", "--name", "a/b"], "name is 'a/b'"),
+        (["train", "--name", ""], "a word without slashes"),
+        (["inspect", "no-such-run", "--dim", "8"], "--dim belongs to --io"),
     ],
 )
 def test_errors_are_one_clear_line(words, message, tmp_path, monkeypatch, capsys):
@@ -154,7 +158,20 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_line(text, tmp_pa
     (tmp_path / "file").write_text("not a folder")
     assert main(["train", "--data", str(text), "--out", str(tmp_path / "file" / "run"), *TINY]) == 1
     captured = capsys.readouterr().err
-    assert "Traceback" not in captured and "file" in captured
+    assert "Traceback" not in captured and "file/run can't be read or written (Not a directory)" in captured
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_not_said_to_continue(text, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["train", "--data", str(text), "--out", str(tmp_path), *TINY]) == 1
+    assert "ended before its first checkpoint; delete it" in capsys.readouterr().err
+
+
+def test_a_damaged_report_is_named(tmp_path, capsys):
+    (tmp_path / "report.json").write_text('{"name":')
+    assert main(["compare", str(tmp_path)]) == 1
+    assert "report.json is damaged or of another version" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "inspect", "compare", "bench"])
@@ -174,6 +191,7 @@ def test_help_names_the_recipes(capsys):
     ("words", "message"),
     [
         (["inspect", "--io", "--bandwidth", "-1"], "--bandwidth -1.0; both must be above 0"),
+        (["inspect", "--io", "--bandwidth", "inf"], "--bandwidth inf; both must be above 0 and finite"),
         (["inspect", "--io", "--element-size", "0"], "--element-size is 0"),
         (["bench", "--repeats", "0"], "--repeats is 0"),
         (["generate", "nowhere", "--num-bytes", "-3"], "--num-bytes is -3"),
