@@ -90,20 +90,25 @@ def small_model(**changes: Any) -> Transformer:
     return model
 
 
-def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(model: Transformer, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, dict[str, Tensor]]:
     text = torch.randint(256, (4, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     model.zero_grad()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         loss, _ = model.loss(text[:, :-1], text[:, 1:])
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def scale_of(name: str, gradients: dict[str, Tensor]) -> float:
-    """Largest norm among the gradients of the parameters of one kind. Before the first site the streams are equal, so
-    that its gradient of ``alpha_res`` is zero but for rounding and is no scale of itself."""
-    kind = name.rpartition(".")[2]
-    return max(float(value.norm()) for other, value in gradients.items() if other.rpartition(".")[2] == kind)
+def errors(truth: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, float]:
+    """Relative distance of the gradients of all sites' phi, of their bias, of each gate, and of all other weights."""
+    norms: dict[str, list[float]] = {}
+    for name, value in truth.items():
+        last = name.rpartition(".")[2]
+        kind = last if last in ("phi", "bias") or last.startswith("alpha") else "weights"
+        squares = norms.setdefault(kind, [0.0, 0.0])
+        squares[0] += float((gradients[name] - value).square().sum())
+        squares[1] += float(value.square().sum())
+    return {kind: (distance / norm) ** 0.5 for kind, (distance, norm) in norms.items()}
 
 
 def cut_in_blocks(model: Transformer) -> None:
@@ -131,13 +136,25 @@ def test_recomputing_changes_no_bit(convention: str, compiled: bool) -> None:
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
 
 
-def test_a_compiled_model_recomputes_in_one_graph() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_compiled_model_recomputes_in_one_graph(dtype: torch.dtype) -> None:
+    """The truth are the float32 gradients of the model as called.
+
+    In float32 the compiled ones agree to rounding. In bfloat16 they are compared by their error, which must not be much
+    larger than that of the model as called in bfloat16: the two round at different places. The three gates of a site
+    are left out there, since what rounding leaves of their gradients has been seen 39 % off on a CPU.
+    """
     torch._dynamo.reset()
-    model = small_model()
-    loss, expected = loss_and_gradients(model)
+    model = small_model(num_layers=2)
+    loss, truth = loss_and_gradients(model, torch.float32)
+    as_called = errors(truth, loss_and_gradients(model, dtype)[1])
     apply_recompute(model, compiled=True)
     model.loss = torch.compile(model.loss, fullgraph=True)  # type: ignore[method-assign]
-    again, actual = loss_and_gradients(model)
-    torch.testing.assert_close(again, loss, rtol=5e-3, atol=0.0)
-    for name, value in expected.items():
-        assert float((actual[name] - value).norm()) <= 0.1 * scale_of(name, expected), name
+    again, gradients = loss_and_gradients(model, dtype)
+    compiled = errors(truth, gradients)
+    print(f"{dtype}: loss {float(loss)}, {float(again)}; errors as called {as_called}, compiled {compiled}")
+    torch.testing.assert_close(again, loss, rtol=1e-5 if dtype == torch.float32 else 1e-3, atol=0.0)
+    if dtype == torch.float32:
+        assert max(compiled.values()) <= 1e-3
+    else:
+        assert [kind for kind in ("phi", "bias", "weights") if compiled[kind] > 2 * as_called[kind]] == []
