@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from benchmarks.report import UsageError
+
 SUBJECTS = {
     "projection": "a stack of matrices, projected: NumPy, torch, CuPy, and every peer that is installed (CPU or GPU)",
     "layer": "one mHC site, everything but its sublayer (GPU)",
@@ -22,7 +24,16 @@ def main(argv: list[str] | None = None) -> int:
         for name, what in SUBJECTS.items():
             print(f"  {name:<12} {what}", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    return int(importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:]))
+    try:
+        return int(importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:]))
+    except UsageError as error:
+        problem = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        problem = f"{error.filename} can't be read or written ({error.strerror})"
+    print(f"python -m benchmarks {arguments[0]}: {problem}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -15,9 +15,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import provenance
+from benchmarks.report import UsageError, provenance
 
-__all__ = ["Memory", "Times", "copy_rate", "free", "machine", "measure_memory", "time_calls", "time_in_turn"]
+__all__ = [
+    "Memory",
+    "Times",
+    "copy_rate",
+    "free",
+    "machine",
+    "measure_memory",
+    "require_gpu",
+    "time_calls",
+    "time_in_turn",
+]
 
 _SLOW_MS = 20.0
 """A call that takes longer is repeated three times at least, a shorter one five times."""
@@ -194,7 +204,14 @@ def copy_rate() -> float:
     return best
 
 
+def require_gpu() -> None:
+    """Refuse to measure where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        raise UsageError("needs a CUDA device, and torch sees none here; --from-json renders a report without one")
+
+
 def machine(packages: Sequence[str], commit: str | None = None) -> dict[str, Any]:
     """Describe hardware, versions, commit and date of a report; ``commit`` is for a tree without its git folder."""
+    require_gpu()
     about = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return about | provenance(packages, commit)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import copy_rate, free, machine
+from benchmarks.device import copy_rate, free, machine, require_gpu
 from benchmarks.layer_kernels import compile_kernels, measure_kernels
 from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows
 from benchmarks.layer_peers import PEERS, Peer
@@ -30,6 +30,7 @@ from benchmarks.report import (
     add_options,
     command,
     finish,
+    rendered,
     seconds_to_compile,
     survives,
     write,
@@ -167,12 +168,9 @@ def main(argv: list[str]) -> int:
     """Run ``python -m benchmarks layer``."""
     arguments = _parser().parse_args(argv)
     names = arguments.names or list(_IMPLEMENTATIONS)
-    if arguments.from_json is not None:
-        finish(arguments, json.loads(arguments.from_json.read_text()), markdown, plot)
+    if rendered(arguments, markdown, plot):
         return 0
-    if not torch.cuda.is_available():
-        print("benchmarks layer needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
-        return 2
+    require_gpu()
     if arguments.compile_only and not arguments.jobs:
         for name in names:
             with rows(_IMPLEMENTATIONS[name]):

@@ -29,10 +29,12 @@ import numpy as np
 import birkhoff
 from benchmarks.report import (
     Deadline,
+    UsageError,
     add_compile_options,
     add_options,
     command,
     finish,
+    rendered,
     seconds_to_compile,
     write,
 )
@@ -494,11 +496,14 @@ def main(argv: list[str]) -> int:
     add_options(parser)
     arguments = parser.parse_args(argv)
     device = devices[arguments.device]
-    if arguments.from_json is not None:
-        finish(arguments, json.loads(arguments.from_json.read_text()), device.markdown, device.plot)
+    if rendered(arguments, device.markdown, device.plot):
         return 0
     cases = tuple(c for c in cases if c.device == arguments.device and _named(c.title, arguments.cases))
     contestants = tuple(c for c in contestants if _named(c.name, arguments.names))
+    if not cases or not contestants:
+        raise UsageError(
+            "--cases and --names leave nothing to measure; titles and names are those of a report's tables"
+        )
     about = {"threads": _threads(arguments.threads), "command": command("projection", argv)}
     deadline, seconds = Deadline(arguments.seconds), seconds_to_compile(arguments)
     if arguments.compile_only:

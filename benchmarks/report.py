@@ -17,12 +17,14 @@ from typing import Any
 
 __all__ = [
     "Deadline",
+    "UsageError",
     "add_compile_options",
     "add_options",
     "command",
     "finish",
     "measured_on",
     "provenance",
+    "rendered",
     "save_figure",
     "seconds_to_compile",
     "survives",
@@ -32,6 +34,10 @@ __all__ = [
 
 #: options that do not say what was measured
 _LEFT_OUT = ("--json", "--markdown", "--plot", "--commit")
+
+
+class UsageError(Exception):
+    """The options can't be followed here; the message says why, and what can be done."""
 
 
 def provenance(packages: Sequence[str], commit: str | None = None) -> dict[str, Any]:
@@ -133,6 +139,26 @@ def finish(
     print(markdown(report))
     if arguments.plot is not None and plot is not None:
         plot(report, arguments.plot)
+
+
+def rendered(
+    arguments: argparse.Namespace,
+    markdown: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None] | None,
+) -> bool:
+    """Render the earlier report that ``--from-json`` names; False if it names none."""
+    if arguments.from_json is None:
+        return False
+    try:
+        report = json.loads(arguments.from_json.read_text())
+        markdown(report)
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(
+            f"{arguments.from_json} holds no report of this benchmark on this kind of device "
+            f"({type(error).__name__}: {error}); give a file that its --json has written"
+        ) from error
+    finish(arguments, report, markdown, plot)
+    return True
 
 
 @contextlib.contextmanager

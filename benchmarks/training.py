@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import copy_rate, free, machine, time_in_turn
+from benchmarks.device import copy_rate, free, machine, require_gpu, time_in_turn
 from benchmarks.layer import PACKAGES
 from benchmarks.layer_measure import floors
 from benchmarks.report import (
@@ -31,6 +31,7 @@ from benchmarks.report import (
     add_options,
     command,
     finish,
+    rendered,
     seconds_to_compile,
     survives,
     write,
@@ -288,12 +289,9 @@ def main(argv: list[str]) -> int:
     """Run ``python -m benchmarks training``."""
     arguments = _parser().parse_args(argv)
     shape = (arguments.layers, arguments.batch, arguments.sequence)
-    if arguments.from_json is not None:
-        finish(arguments, json.loads(arguments.from_json.read_text()), markdown, plot)
+    if rendered(arguments, markdown, plot):
         return 0
-    if not torch.cuda.is_available():
-        print("benchmarks training needs a CUDA device; --from-json renders a report without one.", file=sys.stderr)
-        return 2
+    require_gpu()
     if arguments.compile_only and not arguments.jobs:
         for dim in arguments.dims:
             compile_only(dim, *shape, arguments.names)

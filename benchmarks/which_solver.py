@@ -8,7 +8,6 @@ are of the public call and relative to ``SinkhornKnopp()`` in the same line.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 import birkhoff
-from benchmarks.report import Deadline, add_options, command, finish, survives, table, write
+from benchmarks.report import Deadline, add_options, command, finish, rendered, survives, table, write
 from benchmarks.timing import host_machine, time_host
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
@@ -180,8 +179,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--entries", type=int, help="entries of a batch (default 2^18, on a GPU 2^22)")
     add_options(parser)
     arguments = parser.parse_args(argv)
-    if arguments.from_json is not None:
-        finish(arguments, json.loads(arguments.from_json.read_text()), markdown, None)
+    if rendered(arguments, markdown, None):
         return 0
     deadline = Deadline(arguments.seconds)
     entries = arguments.entries or (1 << 22 if arguments.device == "cuda" else 1 << 18)
