@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from mhc_layers._fused_state import FusedState, SiteParams
+from mhc_layers._fused_state import FusedState, SiteParams, without_data
 from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
 from mhc_layers._site_ops import read_gradients, read_streams
@@ -222,7 +222,7 @@ class Boundary(Function):
         x_next, u, next_coef, next_proj, rstd, inverse = BOUNDARY_FORWARD(
             x, f, coef, *next_params, next_options, delayed, norm, norm_eps
         )
-        return x_next, u, next_coef, x.new_empty(()).expand(x.shape), next_proj, rstd, inverse
+        return x_next, u, next_coef, without_data(x, x.shape), next_proj, rstd, inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -236,24 +236,26 @@ class Boundary(Function):
         ctx.save_for_backward(x, f, kept, proj, *params, x_next, next_proj, rstd, *next_params, norm, scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        gx, gu, dcoef, g, *_ = gradients
-        if all(gradient is None for gradient in (gx, gu, dcoef, g)):
+    def backward(
+        ctx: Any, gx: Tensor | None, gu: Tensor | None, dcoef: Tensor | None, g: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if gx is None and gu is None and dcoef is None and g is None:
             return (None,) * 20
         # asked for once: the hooks of a recompute block hand each tensor out once
         x, f, coef, proj, *saved, norm, inverse = ctx.saved_tensors
-        params, (x_next, next_proj, rstd), next_params = SiteParams(*saved[:5]), saved[5:8], SiteParams(*saved[8:])
+        params, (x_next, next_proj, rstd), next_params = saved[:5], saved[5:8], saved[8:]
         if torch.is_grad_enabled():
             previous = None if coef is None else coef[..., : x.shape[-2]]
             dx, *dnext, dprevious, dnorm = pre_backward_composite(
-                gu, g, dcoef, x_next, next_params, previous, ctx.next_options, norm, ctx.norm_eps
+                gu, g, dcoef, x_next, SiteParams(*next_params), previous, ctx.next_options, norm, ctx.norm_eps
             )
             terms = [term for term in (dx, gx) if term is not None]
             dx = torch.stack(terms).sum(0) if terms else torch.zeros_like(x_next)
-            df, before_dcoef = post_backward_composite(dx, x, f, params, ctx.options)
+            df, before_dcoef = post_backward_composite(dx, x, f, SiteParams(*params), ctx.options)
             if dprevious is not None:
                 before_dcoef = torch.cat([dprevious, before_dcoef[..., x.shape[-2] :]], -1)
         else:
+            _, bias, _, alpha_post, _ = params
             dx, df, before_dcoef, dphi, dparams, dnorm = BOUNDARY_BACKWARD(
                 x,
                 gx,
@@ -263,8 +265,8 @@ class Boundary(Function):
                 f,
                 coef,
                 proj,
-                params.bias,
-                params.alpha_post,
+                bias,
+                alpha_post,
                 ctx.options,
                 x_next,
                 next_proj,

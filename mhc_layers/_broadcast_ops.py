@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhc_layers._fused_state import FusedState, SiteParams, token_rows
+from mhc_layers._fused_state import FusedState, SiteParams, token_rows, without_data
 from mhc_layers._operators import apply, batched, optional_gradient, register
 from mhc_layers._site_ops import (
     Post,
@@ -144,8 +144,8 @@ class BroadcastPre(Pre):
         u, coef, proj, rstd, inverse = PRE_FORWARD(
             e, phi, bias, alpha_pre, alpha_post, alpha_res, previous, options, norm, norm_eps
         )
-        link = e.new_empty(()).expand(*e.shape[:-2], streams_of(phi.shape[0]), e.shape[-1])
-        return u, coef, link, proj, rstd, inverse
+        link = (*e.shape[:-2], streams_of(phi.shape[0]), e.shape[-1])
+        return u, coef, without_data(e, link), proj, rstd, inverse
 
     @staticmethod
     def backward(

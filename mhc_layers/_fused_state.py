@@ -13,7 +13,7 @@ from mhc_layers.models.norm import RMSNorm
 if TYPE_CHECKING:
     from mhc_layers.hyper_connection import HyperConnection
 
-__all__ = ["FusedState", "SiteParams", "fused_norm", "token_rows"]
+__all__ = ["FusedState", "SiteParams", "fused_norm", "token_rows", "without_data"]
 
 
 class SiteParams(NamedTuple):
@@ -111,3 +111,8 @@ def token_rows(previous: Tensor) -> Tensor:
         steps.insert(0, steps[0] * size)
     regular = previous.stride(-1) == 1 and tuple(steps) == tuple(previous.stride()[:-1])
     return previous if regular else previous.contiguous()
+
+
+def without_data(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of one value in memory, for the sake of its gradient: every stride is zero."""
+    return like.new_empty_strided(shape, (0,) * len(shape))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from mhc_layers._fused_state import SiteParams, token_rows
+from mhc_layers._fused_state import SiteParams, token_rows, without_data
 from mhc_layers._operators import batched, optional_gradient, register
 from mhc_layers._plain_backward import post_backward_composite, pre_backward_composite
 from mhc_layers._streams import without_autocast
@@ -300,7 +300,7 @@ class Pre(Function):
         u, coef, proj, rstd, inverse = PRE_FORWARD(
             x, phi, bias, alpha_pre, alpha_post, alpha_res, previous, options, norm, norm_eps
         )
-        return u, coef, x.new_empty(()).expand(x.shape), proj, rstd, inverse
+        return u, coef, without_data(x, x.shape), proj, rstd, inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

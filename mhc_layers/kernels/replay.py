@@ -35,6 +35,7 @@ Start = Callable[..., None]
 _LARGEST = 1024
 
 _address = torch.Tensor.data_ptr
+_empty_like = torch.empty_like
 _shape = operator.attrgetter("shape")
 _strides = torch.Tensor.stride
 _dtype = operator.attrgetter("dtype")
@@ -78,10 +79,13 @@ def note(start_on: Callable[[int], Start | None], tensors: tuple[Tensor, ...]) -
 
 
 class _Output(NamedTuple):
-    """An output is allocated like an argument of its dtype, or is one empty tensor for all calls."""
+    """An output is allocated like an argument of its dtype, or is one empty tensor for all calls.
+
+    ``shape`` is None where it is the argument's own, which takes less time.
+    """
 
     like: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     strides: tuple[int, ...]
     empty: Tensor | None
 
@@ -89,27 +93,32 @@ class _Output(NamedTuple):
 class _Plan(NamedTuple):
     """What a kind of call allocates and launches.
 
-    Addresses are numbered: the arguments, the outputs, the buffer of the intermediates, then the places ``derived``
-    from these, each a number and an offset. A launch picks its own.
+    Addresses are numbered: the arguments, the outputs, then those at the ``offsets`` into one buffer of ``size`` values
+    of the first argument, which holds all intermediates. A launch picks its own.
     """
 
     outputs: tuple[_Output, ...]
-    scratch_size: int
-    derived: tuple[tuple[int, int], ...]
+    size: int
+    offsets: tuple[int, ...]
     launches: tuple[tuple[Start, Callable[[Any], tuple[Any, ...]]], ...]
     single: bool
 
-    def run(self, tensors: list[Tensor], addresses: list[int]) -> Any:
+    def run(self, tensors: list[Tensor], addresses: list[int], device: int) -> Any:
         """Allocate, launch, and return the outputs."""
         out = [
-            tensors[like].new_empty_strided(shape, strides) if empty is None else empty
+            empty
+            if empty is not None
+            else _empty_like(tensors[like])
+            if shape is None
+            else tensors[like].new_empty_strided(shape, strides)
             for like, shape, strides, empty in self.outputs
         ]
-        first = tensors[0]
-        scratch = first.new_empty_strided((self.scratch_size // first.itemsize,), (1,))
-        at = [*addresses, *map(_address, out), scratch.data_ptr()]
-        at += [at[place] + offset for place, offset in self.derived]
-        stream = _stream(first)
+        at = [*addresses, *map(_address, out)]
+        if self.offsets:
+            buffer = tensors[0].new_empty_strided((self.size,), (1,))  # alive until all is launched
+            begin = _address(buffer)
+            at += [begin + offset for offset in self.offsets]
+        stream = _stream(device)
         for start, pick in self.launches:
             start(stream, *pick(at))
         return out[0] if self.single else tuple(out)
@@ -129,7 +138,8 @@ def replayed(body: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(body)
     def call(*args: Any) -> Any:
-        if not _runs_here(args[0]):
+        device = args[0].get_device()
+        if not _runs_here(device):
             return body(*args)
         args += defaults[len(args) :]
         given = pick_tensors(args)
@@ -141,14 +151,14 @@ def replayed(body: Callable[..., Any]) -> Callable[..., Any]:
             tuple(map(_shape, tensors)),
             tuple(map(_strides, tensors)),
             tuple(map(_dtype, tensors)),
-            tensors[0].get_device(),
+            device,
             None if len(tensors) == len(given) else tuple([tensor is None for tensor in given]),
             pick_values(args),
             restriction(),
         )
         plan = plans.get(key)
         if plan is not None:
-            return plan.run(tensors, addresses)
+            return plan.run(tensors, addresses, device)
         if key in plans or 0 in addresses or len(set(addresses)) < len(addresses):
             return body(*args)
         if len(plans) >= _LARGEST:
@@ -166,14 +176,13 @@ def _picker(places: list[int]) -> Callable[[Any], tuple[Any, ...]]:
     return operator.itemgetter(*places)
 
 
-def _runs_here(x: Tensor) -> bool:
-    """Whether launches on a tensor go to the current device."""
-    index = x.get_device()
-    return index >= 0 and index == torch.cuda.current_device()
+def _runs_here(device: int) -> bool:
+    """Whether launches on tensors of a device, -1 for the CPU, go to the current one."""
+    return device >= 0 and device == torch._C._cuda_getDevice()
 
 
-def _stream(x: Tensor) -> int:
-    return int(torch._C._cuda_getCurrentRawStream(x.get_device()))
+def _stream(device: int) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 def _record(body: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, _Plan | None]:
@@ -199,8 +208,8 @@ def _plan(tensors: list[Tensor], outputs: tuple[Tensor, ...], tape: _Tape, singl
     if None in made or not tape.launches or len(places) < len(owned):
         return None
     storages = {_storage(tensor) for tensor in owned}
-    buffer, size, offsets = len(tensors) + len(outputs), 0, {}
-    derived: dict[tuple[int, int], int] = {}
+    size, begins = 0, {}
+    offsets: dict[int, int] = {}
     launches: list[tuple[Start, Callable[[Any], tuple[Any, ...]]]] = []
     for start_on, pointers in tape.launches:
         start, picked = start_on(tensors[0].get_device()), []
@@ -211,15 +220,15 @@ def _plan(tensors: list[Tensor], outputs: tuple[Tensor, ...], tape: _Tape, singl
                 continue
             if storage in storages or address % 16:
                 return None  # inside of a tensor that several arguments may share, or not for this launch
-            if storage not in offsets:
-                offsets[storage] = size
+            if storage not in begins:
+                begins[storage] = size
                 size += -(-tensor.untyped_storage().nbytes() // 256) * 256
-            derived_from = (buffer, offsets[storage] + address - storage)
-            picked.append(derived.setdefault(derived_from, buffer + 1 + len(derived)))
+            offset = begins[storage] + address - storage
+            picked.append(offsets.setdefault(offset, len(tensors) + len(outputs) + len(offsets)))
         if start is None:
             return None
         launches.append((start, _picker(picked)))
-    return _Plan(tuple(made), size, tuple(derived), tuple(launches), single)
+    return _Plan(tuple(made), size // tensors[0].itemsize, tuple(offsets), tuple(launches), single)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -233,4 +242,11 @@ def _output(out: Tensor, tensors: list[Tensor]) -> _Output | None:
         return None
     with torch.inference_mode(False):
         empty = torch.empty(out.shape, dtype=out.dtype, device=out.device) if out.numel() == 0 else None
+    twin = next((place for place, tensor in enumerate(tensors) if _same_kind(tensor, out)), None)
+    if twin is not None:
+        return _Output(twin, None, out.stride(), empty)
     return _Output(like, tuple(out.shape), out.stride(), empty)
+
+
+def _same_kind(tensor: Tensor, out: Tensor) -> bool:
+    return tensor.dtype == out.dtype and tensor.shape == out.shape and tensor.is_contiguous()

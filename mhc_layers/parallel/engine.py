@@ -143,7 +143,9 @@ class WholeModelEngine:
                 with watched, self._precision.context():
                     loss, cross_entropy = self._loss(piece[:, :-1], piece[:, 1:])
                 share = len(piece) / len(tokens)
-                (loss * share).backward()
+                # a process has one device: autograd's thread for it would only cost two hand-overs a backward
+                with torch.autograd.set_multithreading_enabled(False):
+                    (loss * share).backward()
             total += cross_entropy.detach() * share
         self._average_whole()
         if self.data_size > 1:

@@ -62,8 +62,8 @@ class Counted:
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "_runs_here", lambda x: True)
-    monkeypatch.setattr(replay, "_stream", lambda x: 0)
+    monkeypatch.setattr(replay, "_runs_here", lambda device: True)
+    monkeypatch.setattr(replay, "_stream", lambda device: 0)
 
 
 def draw(*shape: int, seed: int) -> Tensor:

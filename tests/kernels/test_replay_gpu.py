@@ -35,7 +35,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def without_replay(sites: Any, seed: int, fused: bool, tokens: int) -> list[torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "_runs_here", lambda x: False)
+        patch.setattr(replay, "_runs_here", lambda device: False)
         return run(sites, seed, fused, tokens)
 
 

@@ -64,8 +64,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     monkeypatch.setattr(triton_launch, "note", note)
     monkeypatch.setattr(triton_launch.Launch, "__call__", unseen(triton_launch.Launch.__call__))
-    monkeypatch.setattr(replay, "_runs_here", lambda x: True)
-    monkeypatch.setattr(replay, "_stream", lambda x: 0)
+    monkeypatch.setattr(replay, "_runs_here", lambda device: True)
+    monkeypatch.setattr(replay, "_stream", lambda device: 0)
     monkeypatch.setattr(replay, "_record", counted)
     return counts
 
@@ -74,7 +74,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 def test_operators_replay_to_the_bit(recorded: dict[str, int], with_norm: bool, fused: bool) -> None:
     sites, tokens = make_sites(PAPER, with_norm, C), 5 + 2 * with_norm + fused  # each case's calls are the first
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "_runs_here", lambda x: False)
+        patch.setattr(replay, "_runs_here", lambda device: False)
         expected = run(sites, 1, fused, tokens)
     run(sites, 0, fused, tokens)
     assert set(recorded) == OPERATORS[fused] and all(recorded.values())
@@ -87,7 +87,7 @@ def test_operators_replay_to_the_bit(recorded: dict[str, int], with_norm: bool, 
 def test_a_delayed_convention_gives_the_same_bits(recorded: dict[str, int]) -> None:
     sites = make_sites(DEEPSEEK_V41, True, C)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "_runs_here", lambda x: False)
+        patch.setattr(replay, "_runs_here", lambda device: False)
         expected = run(sites, 1, True, 9)
     run(sites, 0, True, 9)
     for ours, wanted in zip(run(sites, 1, True, 9), expected, strict=True):

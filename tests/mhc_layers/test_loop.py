@@ -8,13 +8,17 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from rich.console import Console
 
-from mhc_layers.parallel.mesh import ParallelConfig
+from mhc_layers.models.transformer import Transformer
+from mhc_layers.parallel.engine import Precision
+from mhc_layers.parallel.mesh import ParallelConfig, World
+from mhc_layers.parallel.parallelize import parallelize
 from mhc_layers.training.checkpoint import load_checkpoint, resumed_config
 from mhc_layers.training.config import TrainConfig, decode, encode
 from mhc_layers.training.data import load_corpus
@@ -175,6 +179,20 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path, text):
     assert float(first) == pytest.approx(float(second), rel=1e-6)
     for a, b in zip(whole.engine.model.parameters(), parts.engine.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_backward_runs_in_the_calling_thread(device):
+    model, seen = Transformer(tiny_model()).to(device), []
+    model.embedding.weight.register_hook(
+        lambda gradient: seen.append((threading.get_ident(), torch._C._is_multithreading_enabled()))
+    )
+    tokens = torch.randint(256, (2, 9), device=device)
+    precision = Precision(device_type=device, stream_dtype=torch.float32)
+    engine = parallelize(model, ParallelConfig(), precision, world=World())
+    engine.forward_backward(tokens)
+    assert seen == [(threading.get_ident(), False)]
+    assert torch._C._is_multithreading_enabled()
 
 
 def test_bfloat16_streams_keep_float32_parameters(tmp_path, text):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 
 from mhc_layers.kernels.replay import Start, note
 
@@ -104,11 +106,24 @@ class Launch:
 
     def _start(self, compiled: Any) -> Start:
         """Triton's launcher, with everything but the stream and the addresses filled in."""
-        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
         x, y, z = (*self._grid, 1, 1)[:3]
-        rest = (*self._scalars, *self._constants.values())
+        function, rest = compiled.function, (*self._scalars, *self._constants.values())
+        launch, options = _launcher(compiled.run)
+        options += (compiled.packed_metadata, None, None, None)
 
         def start(stream: int, *addresses: int) -> None:
-            run(x, y, z, stream, function, metadata, None, None, None, *addresses, *rest)
+            launch(x, y, z, stream, function, *options, *addresses, *rest)
 
         return start
+
+
+def _launcher(run: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """A launcher of Triton, and what it takes between the kernel and its metadata.
+
+    Triton 3.5 and 3.6 end in a C function, and the Python around it only allocates scratch memory, which our kernels do
+    not use. The launchers of other versions are called as they are.
+    """
+    known = triton.__version__.startswith(("3.5.", "3.6.")) and torch.version.cuda is not None
+    if known and not run.global_scratch_size and not run.profile_scratch_size:
+        return run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None)
+    return run, ()
