@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,6 +90,37 @@ def _timed(runs: Sequence[Callable[[int], None]], budget_ms: float) -> list[floa
         run(0)
     once = max(max(_medians_us(runs, 1)) / 1e3, 1e-3)
     return _medians_us(runs, int(min(60, max(5 if once < _SLOW_MS else 3, budget_ms / once))))
+
+
+def settle(seconds: float = 20.0, quiet: float = 3.0) -> list[float]:
+    """Wait until the host has stopped getting faster: not by 5 percent within ``quiet`` seconds, or for ``seconds``.
+
+    After compilers on all cores a host was seen to take up to 1.5 times as long for the same calls, for some 20 s.
+
+    Returns
+    -------
+    list of float
+        Microseconds that launching a small addition took, a reading every half second.
+    """
+    start = improved = time.monotonic()
+    readings, best = [], float("inf")
+    while (now := time.monotonic()) < start + seconds and now < improved + quiet:
+        readings.append(_launch_us(0.5))
+        if readings[-1] < 0.95 * best:
+            best, improved = readings[-1], time.monotonic()
+    return readings
+
+
+def _launch_us(seconds: float) -> float:
+    """Median microseconds of the host for one small addition, over some seconds."""
+    value, times, end = torch.zeros(1, device="cuda"), [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        begin = time.perf_counter()
+        for _ in range(100):
+            value.add_(1.0)
+        times.append((time.perf_counter() - begin) * 1e4)
+        torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], **options: Any) -> Times:

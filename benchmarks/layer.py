@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import copy_rate, free, machine, require_gpu
+from benchmarks.device import copy_rate, free, machine, require_gpu, settle
 from benchmarks.layer_kernels import compile_kernels, measure_kernels
 from benchmarks.layer_measure import OURS, Inputs, compile_only, floors, measure, rows
 from benchmarks.layer_peers import PEERS, Peer
@@ -189,6 +189,7 @@ def main(argv: list[str]) -> int:
         print(done, file=sys.stderr, flush=True)
         if arguments.compile_only:
             return 0
+        report["settling_us"] = settle()
 
     gc.freeze()  # what is imported stays; looking through it again after every row takes seconds
     save = partial(write, arguments, report, markdown)

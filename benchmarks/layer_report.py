@@ -119,6 +119,16 @@ def _accuracy(shape: dict[str, Any]) -> list[str]:
     return table(header, rows)
 
 
+def _settling(readings: list[float]) -> list[str]:
+    """How the host was before the first row: it is slow for a while after compilers on all cores."""
+    if not readings:
+        return []
+    return [
+        f"Before the first row the host was waited for, {len(readings) / 2:.1f} s: launching an addition took "
+        f"{readings[0]:.1f} us at first, {readings[-1]:.1f} us in the end."
+    ]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """Render a report. Ratios to the floor come first, microseconds in brackets."""
     about, rate = report["machine"], report["copy_bytes_per_second"] / 1e9
@@ -127,6 +137,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"{measured_on(about)}. Copy rate of this run: {rate:.0f} GB/s (read plus write).",
         f"Command: `{report.get('command', '')}`",
+        *_settling(report.get("settling_us", [])),
         *(["", report["note"]] if "note" in report else []),
         "",
         "A cell is time / floor (microseconds). Floors touch each tensor once at the copy rate: read n+1, write 2n+1, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,3 +80,26 @@ def test_slow_calls_are_repeated_less(clock: Clock) -> None:
     slow = len(clock.order)
     device.time_calls([clock.call("quick", 0.001)], graph=False)
     assert slow == 1 + 1 + 1 + 3 and len(clock.order) - slow == 1 + 1 + 1 + 60
+
+
+@pytest.mark.parametrize(
+    ("us", "expected"),
+    [
+        ([20.0, 15.0, 10.0, 9.8, 9.7, 9.6, 9.9], 7),  # 4 readings, 2 s, after the last one that was faster
+        ([7.0], 5),
+        ([30.0 * 0.9**k for k in range(100)], 12),  # the time is up
+    ],
+    ids=["settles", "settled", "never"],
+)
+def test_a_host_is_waited_for_until_it_stops_getting_faster(
+    monkeypatch: pytest.MonkeyPatch, us: list[float], expected: int
+) -> None:
+    now, values = [0.0], iter([*us, *us[-1:] * 200])
+
+    def reading(seconds: float) -> float:
+        now[0] += seconds
+        return next(values)
+
+    monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(device, "_launch_us", reading)
+    assert len(device.settle(seconds=6.0, quiet=2.0)) == expected

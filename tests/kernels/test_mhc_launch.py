@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from mhc_layers.kernels.triton.launch import Launch
 
