@@ -143,8 +143,9 @@ def holds_where(right: Any, detail: str, item: int = 0) -> Observation:
 
 
 def same_bits(one: np.ndarray, two: np.ndarray, detail: str) -> Observation:
-    """Return the observation that two arrays hold the same numbers, NaN where the other has NaN."""
-    return holds_where((one == two) | (np.isnan(one) & np.isnan(two)), detail)
+    """Return the observation that two arrays hold the same numbers: zeros of one sign, NaN where the other has NaN."""
+    same = (one == two) & (np.signbit(one) == np.signbit(two))
+    return holds_where(same | (np.isnan(one) & np.isnan(two)), detail)
 
 
 def worst_of(observations: Iterable[Observation]) -> Observation:

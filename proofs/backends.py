@@ -71,6 +71,10 @@ class Backend:
         """Return the same values in the memory layouts that this library knows."""
         return {name: strategies.layout(self.asarray(values, dtype), name) for name in strategies.LAYOUTS}
 
+    def expanded(self, array: Any, count: int) -> Any:
+        """Return `array`, of shape (1, n, n), `count` times: an array (count, n, n) whose first stride is 0."""
+        return importlib.import_module(self.module).broadcast_to(array, (count, *array.shape[1:]))
+
     def autograd(self, function: Projector, logits: Any, grad: Any) -> Any:
         """Return the vector-Jacobian product by the library's own differentiation; torch has one, NumPy and CuPy none.
 
@@ -150,15 +154,24 @@ class TorchBackend(Backend):
 
     def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
         base = self.asarray(values, dtype)
-        size = base.shape[-1]
-        wide = base.new_full((*base.shape[:-1], 2 * size), float("nan"))
+        *batch, size, _ = base.shape
+        wide = base.new_full((*batch, size, 2 * size), float("nan"))
         wide[..., ::2] = base
+        framed = base.new_full((*batch, size + 1, size + 1), float("nan"))
+        framed[..., 1:, 1:] = base
+        shifted = base.new_full((base.numel() + 1,), float("nan"))
+        shifted[1:] = base.flatten()
         return {
             "contiguous": base,
             "transposed": base.mT.contiguous().mT,
             "strided": wide[..., ::2],
             "batch_last": base.movedim(0, -1).contiguous().movedim(-1, 0),
+            "offset": framed[..., 1:, 1:],
+            "unaligned": shifted[1:].view(base.shape),
         }
+
+    def expanded(self, array: Any, count: int) -> Any:
+        return array.expand(count, *array.shape[1:])
 
     def autograd(self, function: Projector, logits: Any, grad: Any) -> Any:
         torch = importlib.import_module("torch")
@@ -242,13 +255,20 @@ class CuPyBackend(Backend):
     def layouts(self, values: np.ndarray, dtype: str) -> dict[str, Any]:
         cupy = importlib.import_module("cupy")
         base = self.asarray(values, dtype)
-        wide = cupy.full((*base.shape[:-1], 2 * base.shape[-1]), cupy.nan, dtype=base.dtype)
+        *batch, size, _ = base.shape
+        wide = cupy.full((*batch, size, 2 * size), cupy.nan, dtype=base.dtype)
         wide[..., ::2] = base
+        framed = cupy.full((*batch, size + 1, size + 1), cupy.nan, dtype=base.dtype)
+        framed[..., 1:, 1:] = base
+        shifted = cupy.full(base.size + 1, cupy.nan, dtype=base.dtype)
+        shifted[1:] = base.ravel()
         return {
             "contiguous": base,
             "transposed": cupy.ascontiguousarray(base.swapaxes(-1, -2)).swapaxes(-1, -2),
             "strided": wide[..., ::2],
             "reversed": cupy.ascontiguousarray(base[..., ::-1, ::-1])[..., ::-1, ::-1],
+            "offset": framed[..., 1:, 1:],
+            "unaligned": shifted[1:].reshape(base.shape),
         }
 
 

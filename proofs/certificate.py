@@ -29,14 +29,14 @@ _LOWER, _UPPER = 1e-3, 1e-2
 apart have been seen to leave 4e-3."""
 
 
-def stored_matrices(sample: Sample, num_iters: int = 20) -> np.ndarray:
+def stored_matrices(sample: Sample) -> np.ndarray:
     """Return non-negative matrices in the sample's dtype: truncated projections, crude ones, raw kernels, sparse ones.
 
     The values come in float64 storage and are exact in the dtype.
     """
     wide = np.asarray(sample.logits, dtype=np.float64)
     rng = sample.rng()
-    truncated = model.iterate(wide, num_iters).astype(np.float64)
+    truncated = model.iterate(wide, 20).astype(np.float64)
     crude = model.iterate(wide, 1).astype(np.float64)
     raw = np.exp(wide - wide.max(axis=(-2, -1), keepdims=True)) * 10.0 ** rng.uniform(-3, 3, (len(wide), 1, 1))
     sparse = truncated * (rng.random(wide.shape) < 0.6)
@@ -310,7 +310,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _claim(
         name="provenance_is_never_upgraded",
-        statement="'exact' is said only when lower and upper bound are equal; it is said of the identity in float64.",
+        statement="'exact' is said where the lower and upper bounds of the whole stack are equal, as for the identity "
+        "in float64, and 'enclosure' elsewhere.",
         domain="as for certificate_holds",
         method="compared with the bounds",
         provenance="sampled",

@@ -79,7 +79,7 @@ CLAIMS: tuple[Claim, ...] = (
         statement="In a product of any depth L the sums of the exact side are 1 within L (n+2) u (after the exact "
         "finish: L times what one matrix may miss and u): with rows last the forward gain of the whole depth is 1, "
         "with columns last the backward gain.",
-        domain="finite logits up to range 1e3, depth up to 64, any truncation",
+        domain="finite logits up to range 1e3, depth up to 64, the given number of iterations",
         method="products of stored matrices in 80-bit floats",
         lemma="rowst_prod",
         lemmas=("rowst_mul", "colst_mul", "sub_mul"),
@@ -91,7 +91,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="composite_norm_at_most_sqrt_n",
         statement="The norm of a product of any depth is at most sqrt(n), up to what its sums may miss: a factor of "
         "1 + L (n+2) u.",
-        domain="finite logits up to range 1e3, depth up to 64, any truncation",
+        domain="finite logits up to range 1e3, depth up to 64, the given number of iterations",
         method="products in 80-bit floats, singular values in float64 (8 n 2^-53 allowed)",
         lemma="rowst_prod_norm",
         lemmas=("rowst_norm", "schur"),

@@ -283,7 +283,7 @@ CLAIMS: tuple[Claim, ...] = (
         statement="f(log P) = P for a doubly stochastic P, within the accuracy contract and the rounding of log P.",
         reference="Sinkhorn and Knopp 1967",
         domain="random mixtures of permutations with 20 % uniform",
-        method="mixtures whose weights are exact sums of float64",
+        method="largest entry of the difference; a logit misses u |log P|, and so does an entry, relatively",
         lemma="sk_fix",
         lemmas=("dstoch_convex", "dstoch_perm"),
         samples=lambda subject: strategies.samples(generators=("constant",), batch=1),

@@ -121,8 +121,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _claim(
         name="rounding_is_the_algorithm",
-        statement="Both finishes are within (4n+16) u of the algorithm in exact fractions; doubly stochastic "
-        "matrices stay.",
+        statement="Both finishes are within (4n+16) u of the algorithm in exact fractions, which leaves doubly "
+        "stochastic matrices as they are.",
         reference="Altschuler, Weed and Rigollet 2017, Algorithm 2",
         domain="as for rounding_makes_both_sides_exact, n <= 5",
         method="the algorithm re-executed in fractions on the stored entries",

@@ -191,6 +191,7 @@ LAYOUTS: tuple[str, ...] = (
     "strided",
     "fortran",
     "offset",
+    "unaligned",
     "reversed",
     "read_only",
 )
@@ -222,6 +223,9 @@ def layout(values: np.ndarray, name: str) -> np.ndarray:
         wide = np.full((*values.shape[:-2], values.shape[-2] + 1, values.shape[-1] + 1), np.nan, dtype=values.dtype)
         wide[..., 1:, 1:] = values
         return wide[..., 1:, 1:]
+    if name == "unaligned":  # contiguous, but one element after where an allocator begins
+        flat = np.concatenate([np.full(1, np.nan, dtype=values.dtype), values.ravel()])
+        return flat[1:].reshape(values.shape)
     if name == "reversed":
         return np.ascontiguousarray(values[..., ::-1, ::-1])[..., ::-1, ::-1]
     if name == "read_only":

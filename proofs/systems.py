@@ -96,7 +96,8 @@ class Layer(System):
     `maps(x, parameters)` returns pre (B, n), post (B, n), res (B, n, n); `step(x, parameters, weight)` returns the next
     streams with the sublayer u -> tanh(u) W; `vjp(x, parameters, weight, grad)` returns the gradient of x and of each
     parameter. `convention` is a mapping of the fields of a Convention. `decode(seed)` builds a Transformer of random
-    weights on it and returns the logits (B, T, V) of one full forward and of decoding with caches.
+    weights on it and returns the logits (B, T, V) of one full forward and of decoding with caches. `variant(**fields)`
+    returns the layer of a convention with other fields.
     """
 
     kind: Kind = "layer"
@@ -105,6 +106,7 @@ class Layer(System):
     step: Callable[[np.ndarray, Arrays, np.ndarray], np.ndarray] = field(repr=False)
     vjp: Callable[[np.ndarray, Arrays, np.ndarray, np.ndarray], Arrays] = field(repr=False)
     decode: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False)
+    variant: Callable[..., Layer] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +242,7 @@ def layer(convention: Any, chosen: Backend) -> Layer:
         step=step,
         vjp=vjp,
         decode=lambda seed: _random_decode(convention, seed),
+        variant=lambda **fields: layer(convention.replace(**fields), chosen),
     )
 
 

@@ -200,6 +200,19 @@ def reads_memory_order(logits: np.ndarray) -> np.ndarray:
     return right(np.ravel(logits, order="K").reshape(logits.shape))
 
 
+def reads_sixteen_bytes_at_a_time(logits: np.ndarray) -> np.ndarray:
+    """Takes an address for a multiple of 16 bytes, as vector loads do."""
+    return right(logits if logits.ctypes.data % 16 == 0 or 0 in logits.shape else np.roll(logits, 1, axis=-1))
+
+
+def reads_past_an_expanded_matrix(logits: np.ndarray) -> np.ndarray:
+    """Reads on behind a matrix that is there once, with a stride of 0."""
+    matrix = right(logits)
+    if logits.ndim == 3 and logits.strides[0] == 0:
+        matrix[1:] = 0
+    return matrix
+
+
 _CALLS = [0]
 
 
@@ -313,6 +326,8 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         drops_batch,
         fails_on_empty,
         reads_memory_order,
+        reads_sixteen_bytes_at_a_time,
+        reads_past_an_expanded_matrix,
         changes_from_call_to_call,
         fills_zeros,
         low_precision,

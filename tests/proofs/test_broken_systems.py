@@ -270,6 +270,30 @@ def _relabelled(preset: str, **fields: Any) -> Layer:
     return replace(honest, convention={**honest.convention, **fields})
 
 
+def _keeps_its_eps(**fields: Any) -> Layer:
+    variant = _layer("deepseek_v4").variant
+    assert variant is not None
+    return variant(**fields) if "start" in fields else _layer("deepseek_v4")
+
+
+def _forgets_the_transpose(**fields: Any) -> Layer:
+    variant = _layer("deepseek_v4").variant
+    assert variant is not None
+    honest = variant(**fields)
+
+    def maps(x: np.ndarray, parameters: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pre, post, res = honest.maps(x, parameters)
+        return pre, post, np.swapaxes(res, -1, -2)
+
+    return replace(honest, maps=maps) if honest.convention["transposed"] else honest
+
+
+def _ends_on_the_columns(**fields: Any) -> Layer:
+    variant = _layer("deepseek_v4").variant
+    assert variant is not None
+    return variant(**fields, first="rows") if "start" in fields else variant(**fields)
+
+
 LAYERS: dict[str, tuple[Callable[[], Layer], ...]] = {
     "maps_follow_the_equations": (
         lambda: _changed_maps("paper", lambda pre, post, res: (pre, post, np.swapaxes(res, -1, -2))),
@@ -282,7 +306,7 @@ LAYERS: dict[str, tuple[Callable[[], Layer], ...]] = {
     ),
     "step_follows_the_equation": (
         lambda: _changed_step("paper", lambda y, x: y[:, ::-1, :]),
-        lambda: _changed_step("paper", lambda y, x: y - x * 1e-3),
+        lambda: _changed_step("paper", lambda y, x: y - x * 1e-9),
         lambda: _relabelled("paper", transposed=True),
     ),
     "one_stream_is_a_gated_residual": (
@@ -299,38 +323,25 @@ LAYERS: dict[str, tuple[Callable[[], Layer], ...]] = {
         lambda: _changed_gradient("deepseek_v4", "bias", -1.0),
         lambda: _changed_gradient("paper", "alpha_res", 2.0),
     ),
+    "v4_without_eps_is_the_paper_transposed": tuple(
+        lambda change=change: _layer("deepseek_v4", variant=change)
+        for change in (_keeps_its_eps, _forgets_the_transpose, _ends_on_the_columns)
+    ),
     "decoding_equals_the_full_forward": (lambda: _layer("paper", decode=lambda seed: (np.zeros(3), np.full(3, 1e-3))),),
 }
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS))
 def test_layer_claims_reject_wrong_layers(name: str) -> None:
-    for preset in ("paper", "deepseek_v4"):
-        assert _verdict(name, _layer(preset)) == "holds", preset
+    found = [_verdict(name, _layer(preset)) for preset in ("deepseek_v4", "paper")]
+    assert found in (["holds", "holds"], ["holds", "not claimed"])
     for number, make in enumerate(LAYERS[name]):
         assert _verdict(name, make()) == "broken", number
-
-
-def test_duality_claim_rejects_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    from proofs import layer
-
-    name = "v4_without_eps_is_the_paper_transposed"
-    subject = _layer("deepseek_v4")
-    assert _verdict(name, subject) == "holds"
-    honest = layer.equations
-
-    def forgets_the_transpose(x: Any, parameters: Any, convention: dict[str, Any]) -> Any:
-        pre, post, res = honest(x, parameters, convention)
-        return (pre, post, np.swapaxes(res, -1, -2)) if convention["transposed"] else (pre, post, res)
-
-    monkeypatch.setattr(layer, "equations", forgets_the_transpose)
-    assert _verdict(name, subject) == "broken"
 
 
 def test_every_other_claim_is_tested() -> None:
     covered = {
         *CERTIFIERS, *ROUNDERS, *EUCLIDEAN, *LAYERS, "decomposition_rebuilds", "sums_by_construction",
-        "v4_without_eps_is_the_paper_transposed",
     }  # fmt: skip
     others = {c.name for c in claims.CLAIMS if c.kind not in ("projection", "trained") or c.family == "euclidean"}
     assert others == covered
