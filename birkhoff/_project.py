@@ -61,9 +61,13 @@ def sinkhorn(
 
     Notes
     -----
-    Guarantees (claims ``last_side_exact`` and ``accuracy_of_the_iteration``): sums of the last side within ``n + 1``
-    units of roundoff of one, and every entry within ``4 n u max(1, range / 16)`` of the same iteration in exact
-    arithmetic, for all finite logits, u of the compute dtype; storing in a half precision adds one cast.
+    Guarantees: sums of the last side within ``n + 1`` units of roundoff of one, and every entry within ``4 n u max(1,
+    range / 16)`` of the same iteration in exact arithmetic, for all finite logits, u of the compute dtype; storing in a
+    half precision adds one cast.
+    Claims: :ref:`last_side_exact <claim-last-side-exact>`,
+    :ref:`entries_in_unit_interval <claim-entries-in-unit-interval>`,
+    :ref:`accuracy_of_the_iteration <claim-accuracy-of-the-iteration>`,
+    :ref:`composite_norm_at_most_sqrt_n <claim-composite-norm-at-most-sqrt-n>`.
     After finitely many iterations the spectral norm may exceed one; :func:`birkhoff.certify` bounds it.
     On torch it is differentiable (exact gradient of the iterations) and compiles without graph breaks.
 
@@ -145,6 +149,10 @@ def project(
     ``DTensor``, that analysis is left out. An empty batch gives an empty result, and so does n = 0, for whatever maps
     matrices to matrices; what answers a question about a matrix (certificates, decompositions, diagnostics) refuses n =
     0.
+    Claims: :ref:`status_per_matrix <claim-status-per-matrix>`,
+    :ref:`reported_error_is_true <claim-reported-error-is-true>`,
+    :ref:`converged_means_within_tolerance <claim-converged-means-within-tolerance>`,
+    :ref:`finish_is_nonexpansive <claim-finish-is-nonexpansive>`.
 
     Examples
     --------

@@ -192,8 +192,10 @@ def certify(matrix: Any, *, num_steps: int = 10, num_samples: int | None = None)
     :math:`P \ge 0`. (Exception: a finite matrix with at most one nonzero in each row and column, whose norm is known.)
     For signed matrices ``certify(abs(P))`` is valid, since :math:`\lVert P\rVert_2 \le \lVert\,|P|\,\rVert_2`.
 
-    Guarantee (claim ``certificate_holds``): the bounds hold for every stored input and every summation order, subnormal
-    numbers included.
+    Guarantee: the bounds hold for every stored input and every summation order, subnormal numbers included.
+    Claims: :ref:`certificate_holds <claim-certificate-holds>`,
+    :ref:`certificate_is_tight <claim-certificate-is-tight>`, :ref:`certified_sums_hold <claim-certified-sums-hold>`,
+    :ref:`provenance_is_never_upgraded <claim-provenance-is-never-upgraded>`.
 
     Examples
     --------
@@ -245,6 +247,8 @@ def certify_product(
     the same with transposes for :math:`\lVert M\rVert_1`; Schur and Collatz-Wielandt then apply to M.
     The cost is a fixed number of passes over the stack with matrix-vector products. For n <= 32 the product is also
     formed once, in plain float64, only to choose x, which need not be trusted.
+    Claims: :ref:`product_certificate_holds <claim-product-certificate-holds>`,
+    :ref:`product_certificate_is_tight <claim-product-certificate-is-tight>`.
 
     Examples
     --------

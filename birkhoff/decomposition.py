@@ -55,6 +55,7 @@ def decompose(matrix: Any, *, tol: float | None = None, max_terms: int | None = 
     Runs on the host in float64; a GPU array is copied there and the result copied back. The bound on the number of
     terms holds in floating point too: each step empties an entry that lay on a permutation, so the remaining face of
     the polytope loses at least one dimension (see the derivation page).
+    Claims: :ref:`decomposition_rebuilds <claim-decomposition-rebuilds>`.
 
     Examples
     --------

@@ -39,7 +39,8 @@ def round_to_nonexpansive(matrix: Any) -> Any:
 
     Notes
     -----
-    Guarantee (claim ``shrinking_gives_norm_at_most_one``): every row and column sum is at most one, so
+    Guarantee (:ref:`shrinking_gives_norm_at_most_one <claim-shrinking-gives-norm-at-most-one>`):
+    every row and column sum is at most one, so
     :math:`\lVert A_2\rVert_2 \le \sqrt{\lVert A_2\rVert_1 \lVert A_2\rVert_\infty} \le 1`. In floating point, at most
     one means :math:`1 + n 2^{-53}` for the stored values of a float32 matrix, whose sums are taken in float64, and
     :math:`1 + (n + 2)\,2^{-53}` for float64; a result stored in bfloat16 or float16 adds the rounding of the cast. A
@@ -91,10 +92,11 @@ def round_to_polytope(matrix: Any) -> Any:
 
     Notes
     -----
-    Guarantee (claim ``rounding_makes_both_sides_exact``): the sums of the stored values are within :math:`n + 4` units
-    of roundoff of one in float32 (sums are taken in float64) and within :math:`n^2 + n + 4` units in
-    float64: the fill divides by the sum of
-    :math:`n` deficits, each with the error of a sum, which adds up when one row holds the whole deficit. And
+    Guarantee (:ref:`rounding_makes_both_sides_exact <claim-rounding-makes-both-sides-exact>`,
+    :ref:`rounding_moves_little <claim-rounding-moves-little>`): the sums of the stored values are within
+    :math:`n + 4` units of roundoff of one in float32 (sums are taken in float64) and within :math:`n^2 + n + 4` units
+    in float64: the fill divides by the sum of :math:`n` deficits, each with the error of a sum, which adds up when one
+    row holds the whole deficit. And
     :math:`\lVert B - A\rVert_1 \le 2(\lVert A1 - 1\rVert_1 + \lVert A^\top 1 - 1\rVert_1)` up to rounding. It holds
     for every finite input, converged or not. Storing in bfloat16 or float16 adds the rounding of that dtype.
     This is a rounding, not a projection: it is near, not nearest. Differentiable except where a sum is exactly one;

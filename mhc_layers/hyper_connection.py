@@ -83,6 +83,14 @@ class HyperConnection(KeepsFloat32):
     TypeError
         If the sublayer cannot be called, or ``norm`` is of another kind.
 
+    Notes
+    -----
+    Claims: :ref:`maps_follow_the_equations <claim-maps-follow-the-equations>`,
+    :ref:`step_follows_the_equation <claim-step-follows-the-equation>`,
+    :ref:`exact_side_of_the_operator <claim-exact-side-of-the-operator>`,
+    :ref:`layer_gradient <claim-layer-gradient>`,
+    :ref:`v4_without_eps_is_the_paper_transposed <claim-v4-without-eps-is-the-paper-transposed>`.
+
     Examples
     --------
     >>> import torch

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from proofs import claims, theorems
+from proofs import claims, docstrings, theorems
 from proofs._claim import Claim
 from proofs.properties import PROPERTIES
 from proofs.report import OWN
@@ -52,6 +52,7 @@ How to read an entry:
   domain: a claim that holds has not been refuted, which is no proof. What is proved is the lemma, about real numbers.
 - **Lemma**: the theorem about exact arithmetic that the statement rests on, word for word on {doc}`statements`. It does
   not cover `exp`, a compiler, or that the code computes the model; that gap is what the examples look for.
+- **Promised by**: the functions and classes whose documentation links to the claim.
 - u is the unit roundoff of the dtype that is computed in: 2^-53 for float64, 2^-24 for float32 and half precisions.
   The *accuracy contract* is 4 n u max(1, logit range / 16). Two results of one input may differ by twice the contract:
   four times that where a finish follows or the distance is Euclidean, and by 4 n 1e-6 more where a limit is computed.
@@ -137,6 +138,7 @@ def _lemmas(claim: Claim) -> list[str]:
 
 def _entry(claim: Claim) -> list[str]:
     lemmas = ", ".join(map(_lemma_link, _lemmas(claim))) or "none"
+    promised = ", ".join(f"{{py:obj}}`{name}`" for name in docstrings.promises().get(claim.name, ()))
     return [
         f"(claim-{claim.name.replace('_', '-')})=",
         f"### {claim.name}",
@@ -147,6 +149,7 @@ def _entry(claim: Claim) -> list[str]:
         f"- Checked by: `{claim.provenance}`; {_plain(claim.method)}.",
         f"- Lemma: {lemmas}.",
         f"- From: {_plain(claim.reference)}.",
+        *([f"- Promised by: {promised}."] if promised else []),
         "",
     ]
 

@@ -39,6 +39,11 @@ class Implicit:
     OptionError
         If ``bound`` is not a positive number.
 
+    Notes
+    -----
+    Claims: :ref:`implicit_equals_unrolled_when_converged <claim-implicit-equals-unrolled-when-converged>`,
+    :ref:`limit_gradient_halves_the_norm <claim-limit-gradient-halves-the-norm>`.
+
     Examples
     --------
     >>> import numpy as np, birkhoff

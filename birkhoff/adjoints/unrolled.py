@@ -29,6 +29,12 @@ __all__ = ["Unrolled", "unrolled_jvp", "unrolled_matrix", "unrolled_vjp", "unrol
 class Unrolled:
     """The exact gradient of the iterations that ran. The default.
 
+    Notes
+    -----
+    Claims: :ref:`adjoint_identity <claim-adjoint-identity>`,
+    :ref:`gradient_matches_differences <claim-gradient-matches-differences>`,
+    :ref:`gradient_sums_vanish <claim-gradient-sums-vanish>`.
+
     Examples
     --------
     >>> import numpy as np, birkhoff

@@ -54,6 +54,9 @@ class Euclidean:
     conditions (:math:`P = \max(X + y1^\top + 1z^\top, 0)`) by construction; only the first side's sums carry an error.
     The projection is firmly non-expansive: 1-Lipschitz, with a symmetric Jacobian between 0 and I (an element of the
     generalised Jacobian of Han and Sun), constant while the set of zeros does not change.
+    Claims: :ref:`euclidean_is_doubly_stochastic <claim-euclidean-is-doubly-stochastic>`,
+    :ref:`euclidean_is_nearest <claim-euclidean-is-nearest>`,
+    :ref:`euclidean_is_nonexpansive <claim-euclidean-is-nonexpansive>`.
 
     References
     ----------

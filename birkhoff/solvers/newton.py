@@ -56,6 +56,8 @@ class Newton:
     -----
     The result is the limit of Sinkhorn's iteration, not a truncation of it. n = 2 uses the closed form
     ``sigmoid((x11 + x22 - x12 - x21) / 2)``. The gradient is the implicit one, evaluated with the actual sums.
+    Claims: :ref:`two_by_two_closed_form <claim-two-by-two-closed-form>`,
+    :ref:`limit_gradient_halves_the_norm <claim-limit-gradient-halves-the-norm>`.
 
     Examples
     --------

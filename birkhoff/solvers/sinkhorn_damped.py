@@ -53,6 +53,7 @@ class SinkhornDamped:
     matrix; DeepSeek applies its transpose. The limit of every sum is ``1 - eps_den`` (the fixed point of
     ``s / (s + eps_den)``); without a ``tol``, :func:`birkhoff.project` calls a matrix converged that is as near to it
     as it asks other solvers to be near one.
+    Claims: :ref:`damped_side_below_one <claim-damped-side-below-one>`.
 
     Examples
     --------

@@ -98,6 +98,13 @@ class Transformer(nn.Module):
     sites : ModuleList of HyperConnection
         In depth order: attention and feed-forward of layer 0, of layer 1, and so on.
 
+    Notes
+    -----
+    Claims: :ref:`decoding_equals_the_full_forward <claim-decoding-equals-the-full-forward>`,
+    :ref:`trained_depth_certificate_holds <claim-trained-depth-certificate-holds>`,
+    :ref:`trained_depth_norm_at_most_sqrt_n <claim-trained-depth-norm-at-most-sqrt-n>`,
+    :ref:`trained_streams_differ <claim-trained-streams-differ>`.
+
     Examples
     --------
     >>> import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proofs import claims, page, runner, subjects, systems
+from proofs import claims, docstrings, page, runner, subjects, systems
 from proofs.backends import BACKENDS
 from proofs.properties import PROPERTIES
 from proofs.runner import Profile
@@ -63,3 +63,14 @@ def test_every_claim_holds_for_this_library(backend: str) -> None:
 def test_the_committed_page_is_current() -> None:
     committed = Path(__file__).parents[2] / "docs" / "explanation" / "guarantees" / "claims.md"
     assert committed.read_text(encoding="utf-8") == page.render(), "run python -m proofs.page on it"
+
+
+def test_docstrings_link_to_claims_that_exist() -> None:
+    pytest.importorskip("torch")
+    found = docstrings.promises()
+    assert set(found) <= {claim.name for claim in claims.CLAIMS} and len(found) >= 30
+    assert found["last_side_exact"] == ["birkhoff.sinkhorn"]  # not once more for another name of the same object
+    text = page.render()
+    for name, promised in found.items():
+        entry = text.split(f"(claim-{name.replace('_', '-')})=")[1].split("(claim-")[0]
+        assert all(f"{{py:obj}}`{one}`" in entry for one in promised), name
