@@ -40,7 +40,7 @@ def _flint() -> Any:
         raise ImportError("enclosures need python-flint; pip install 'birkhoff-mhc[proofs]'") from error
 
 
-def precision(num_iters: int) -> int:
+def _precision(num_iters: int) -> int:
     """Bits that survive: a division of an interval by a sum that contains it triples the relative radius at most."""
     return 192 + 4 * num_iters
 
@@ -75,7 +75,7 @@ def iterate(
         raise ValueError(f"got shape {logits.shape}; give one matrix (n, n) with n <= {_MAX_SIZE}")
     flint = _flint()
     saved = flint.ctx.prec
-    flint.ctx.prec = precision(num_iters) + extra_bits
+    flint.ctx.prec = _precision(num_iters) + extra_bits
     try:
         # dividing by the largest entry first is exact in the algebra and keeps exp away from overflow
         top = max((float(v) for v in logits.ravel() if np.isfinite(v)), default=0.0)

@@ -24,6 +24,7 @@ __all__ = [
 
 _COMPUTE = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-24, "bfloat16": 2.0**-24}
 _STORE = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# below it a device may take numbers for zero (the smallest normal one), or a cast does (the smallest float16)
 _TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 
 

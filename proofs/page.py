@@ -77,49 +77,8 @@ rests on an axiom, which `make formal` checks for each.
 _MEASURED = """# Measured: the claims
 
 This page is written by `python -m proofs.page --measured` from reports of `python -m proofs --json`, profile `ci`.
-{doc}`/explanation/guarantees/claims` says what each claim states. 100 % would be a deviation as large as the
-claim allows.
-"""
-
-_HISTORY = """## What the runs on a GPU found
-
-One H100, 2026-11-24; the runs are named by their start. The tables above hold the last.
-
-- 17:12, 14 processes, 149 s from start to end, kernels compiled on the way: every pair of claim and subject was tried,
-  1007 held, none was broken. The bar is five minutes.
-- 14:22, 13 processes, 174 s: 801 held, 6 were broken, 48 were not tried. `gradient_is_finite`,
-  `zero_upstream_gives_zero` and `double_backward_works` of SinkhornKnopp on CUDA tensors: the first backward pass of
-  a process launched a kernel in autograd's thread, which had no CUDA context yet. Mended in
-  `birkhoff.kernels.cuda.launcher`; all three held in the run of 16:20. The runner had kept the smallest example, on
-  which the claim then held, and lost what was raised; now it keeps the first finding. `half_is_float32_stored` of the
-  exact finish on every backend: the claim took the distance of neighbouring halves at 0 for 2^-11, and allowed
-  nothing for two float32 results that round to different halves. The claim was wrong; mended, it held at 17:12.
-- 16:20, 14 processes, with the claims as they are now, cut after 121 s: 286 held, 1 was broken, 720 were not tried.
-  Every claim was tried once on every backend, and few of them on a second solver. Broken:
-  `certificate_is_close_on_hard_matrices` (new), `certify` on CuPy, which reads float32 with subnormal numbers taken
-  for zero. What that may lose was divided by the least entry of the Collatz vector, 2^-126, so that a matrix with a
-  line of zeros got the Schur bound, 7 % above its norm: true, and less than it could be. Mended in
-  `birkhoff.certificates`; a test on the CPU takes subnormal numbers for zero, and the claim held at 17:12.
-- Before, an earlier form of the suite, one process for each solver: on CuPy 174 held and 4 were broken, on CUDA
-  tensors 159 and 4. `any_memory_layout`: logits whose elements are evenly strided, `x[..., ::2]` of a stack of 1 x 1
-  matrices for one, reached the kernels as a view and were read as if contiguous. Mended in `birkhoff._xp.contiguous`.
-  `provenance_is_never_upgraded`, `certify` on CuPy: the claim asked for `exact` of the identity in every dtype. With
-  subnormal numbers taken for zero a zero may hide an entry, and `certify` says `enclosure`. The claim was wrong and
-  speaks of float64.
-
-Dead ends of the suite itself:
-
-- 50 small stacks for each claim: an iteration of some hundred array calls costs a GPU as many launches for 16
-  matrices as for 1000. Examples of one size and dtype are checked as one stack.
-- A time limit sends its signal twice, and the second one broke the report: a run lost everything it had seen. A
-  second signal is ignored, and the JSON is written anew after each claim, so that even a killed run keeps what it
-  saw.
-- The longest first: the run of 16:20 tried every claim once and then began with the longest of the rest, the
-  Euclidean projection's stacks one by one, which took 798 of its 1240 seconds of claims. The slow subjects are last
-  again, and get a quarter of those stacks.
-- Compiling every kernel once before, in 14 processes: it had not ended after 45 s and was killed. Processes that
-  begin at the same time compile the same kernels at the same time: in the run of 14:22 Newton took 436 seconds of
-  claims on Triton and 64 on CUDA C++.
+{doc}`/explanation/guarantees/claims` says what each claim states, {doc}`claims_on_a_gpu` what the runs on a GPU found.
+100 % would be a deviation as large as the claim allows.
 """
 
 _REPORT = """# Claims, measured: {devices}
@@ -243,7 +202,7 @@ def render_measured(paths: Sequence[Path]) -> str:
     lines = [_MEASURED]
     for backend, found in latest.items():
         lines += [f"## {backend}", "", *_by_family(list(found.values()), runs[backend]), ""]
-    return "\n".join([*lines, _HISTORY]).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def render_report(path: Path) -> str:

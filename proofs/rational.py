@@ -7,7 +7,7 @@ exact fraction that every implementation can be compared with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -165,35 +165,25 @@ def norm_below(matrix: np.ndarray | Matrix, bound: float) -> bool:
     return bound > 0 and is_positive_definite(gram_below(entries, Fraction(float(bound)) ** 2))
 
 
-def is_positive_definite(gram: Matrix) -> bool:
-    """Decide by symmetric elimination: every pivot is positive."""
-    gram = [list(row) for row in gram]
-    size = len(gram)
-    for k in range(size):
-        if gram[k][k] <= 0:
-            return False
-        for i in range(k + 1, size):
-            factor = gram[i][k] / gram[k][k]
-            for j in range(i, size) if factor else ():
-                gram[i][j] -= factor * gram[k][j]
-                gram[j][i] = gram[i][j]
-    return True
-
-
-def is_positive_semidefinite(gram: Matrix) -> bool:
-    """Decide by symmetric elimination: a negative pivot refutes, a zero pivot needs a zero row."""
+def _pivots(gram: Matrix) -> Iterator[tuple[Fraction, list[Fraction]]]:
+    """Eliminate a symmetric matrix; yield each pivot and what stands beside it in its row."""
     gram = [list(row) for row in gram]
     size = len(gram)
     for k in range(size):
         pivot = gram[k][k]
-        if pivot < 0 or (pivot == 0 and any(gram[k][k + 1 :])):
-            return False
-        if pivot == 0:
-            continue
+        yield pivot, gram[k][k + 1 :]
         for i in range(k + 1, size):
-            factor = gram[i][k] / pivot
-            if factor:
-                for j in range(i, size):
-                    gram[i][j] -= factor * gram[k][j]
-                    gram[j][i] = gram[i][j]
-    return True
+            factor = gram[i][k] / pivot if pivot else Fraction(0)
+            for j in range(i, size) if factor else ():
+                gram[i][j] -= factor * gram[k][j]
+                gram[j][i] = gram[i][j]
+
+
+def is_positive_definite(gram: Matrix) -> bool:
+    """Decide by symmetric elimination: every pivot is positive."""
+    return all(pivot > 0 for pivot, _ in _pivots(gram))
+
+
+def is_positive_semidefinite(gram: Matrix) -> bool:
+    """Decide by symmetric elimination: a negative pivot refutes, a zero pivot needs a zero row."""
+    return all(pivot > 0 or (pivot == 0 and not any(beside)) for pivot, beside in _pivots(gram))

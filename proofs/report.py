@@ -130,8 +130,6 @@ def print_failures(console: Console, outcomes: Sequence[Outcome]) -> None:
 
 
 OWN = ("birkhoff-mhc", "numpy", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "hypothesis", "python-flint")
-
-
 _PEERS = ("POT", "hyper-connections", "transformers", "liger-kernel", "tile-kernels")
 
 
