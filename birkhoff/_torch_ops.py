@@ -1,9 +1,12 @@
 """Torch: projections as registered operators with exact gradients, under every transform.
 
-Three custom operators (``birkhoff::project_forward``, ``project_vjp``, ``solve_forward``) run whatever row the table
-chooses; they are opaque to the compiler, visible to checkpointing policies. Around them each ``autograd.Function``
-carries the mathematics: the vector-Jacobian product, its own derivative (double backward), forward mode, and ``vmap``.
-Second-order rules are plain differentiable array calls, so every higher order exists.
+Custom operators (``birkhoff::project_forward``, ``project_vjp``, ``solve_forward``, ``solve_vjp``) run whatever row the
+table chooses; they are opaque to the compiler, visible to checkpointing policies. Around them each
+``autograd.Function`` carries the mathematics: the vector-Jacobian product, its own derivative (double backward),
+forward mode, and ``vmap``. Second-order rules are plain differentiable array calls, so every higher order exists.
+
+Two operators have a first gradient of their own, for where the compiler meets them bare: it takes a Function under
+``vmap`` apart, and counts that follow from a tolerance can be read by nothing but an operator while it traces.
 
 Forward mode is left out while compiling: the compiler refuses a Function that defines it.
 """
@@ -96,6 +99,54 @@ def _(logits: Tensor, solver: str, compute: str, accumulate: str, store: str) ->
     return matrix, logits.new_empty(logits.shape[:1], dtype=torch.int32)
 
 
+@torch.library.custom_op("birkhoff::solve_vjp", mutates_args=())
+def solve_vjp(
+    logits: Tensor, counts: Tensor, grad_matrix: Tensor, solver: str, compute: str, accumulate: str, store: str
+) -> Tensor:
+    """Gradient with respect to the logits of as many iterations as each matrix took in :func:`solve_forward`."""
+    precision = Precision(compute=compute, accumulate=accumulate, store=store)
+    branch = logits.device.type == "cpu"
+
+    def sweep(method: Any, part: Tensor, grad: Tensor) -> Tensor:
+        return stack_vjp(part, grad, method, precision, branch=branch)
+
+    return by_iterations(from_text(solver), counts, _xp.array_namespace(logits), sweep, logits, grad_matrix)
+
+
+@solve_vjp.register_fake
+def _(logits: Tensor, counts: Tensor, grad_matrix: Tensor, *plan: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the stacks, and the plan that follows them in an operator's arguments."""
+    ctx.save_for_backward(*(stack for stack in inputs if isinstance(stack, Tensor)))
+    ctx.plan = tuple(text for text in inputs if isinstance(text, str))
+
+
+def _keep_solution(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], *output)
+    ctx.plan = inputs[1:]
+
+
+def _pull_projection(ctx: Any, grad_matrix: Tensor) -> tuple[Any, ...]:
+    return torch.ops.birkhoff.project_vjp(*ctx.saved_tensors, grad_matrix, *ctx.plan), *(None,) * 4
+
+
+def _pull_solution(ctx: Any, grad_matrix: Tensor, _: Any) -> tuple[Any, ...]:
+    logits, matrix, counts = ctx.saved_tensors
+    if _converges(from_text(ctx.plan[0])):
+        grad = _derivative(matrix, grad_matrix, (from_text(ctx.plan[0]), *ctx.plan[1:]))
+    else:
+        grad = torch.ops.birkhoff.solve_vjp(logits, counts, grad_matrix, *ctx.plan)
+    return grad, *(None,) * 4
+
+
+project_forward.register_autograd(_pull_projection, setup_context=_keep_inputs)
+solve_forward.register_autograd(_pull_solution, setup_context=_keep_solution)
+
+
 def _fold(size: int, dims: tuple[int | None, ...], stacks: tuple[Tensor, ...]) -> tuple[list[Tensor], Any]:
     """Merge a mapped axis into the stack axis; ``join`` splits it off the result again."""
     moved = [
@@ -124,13 +175,24 @@ def _(info: Any, in_dims: tuple[Any, ...], logits: Tensor, *plan: str) -> tuple[
     return (join(matrix), join(counts)), (0, 0)
 
 
+@solve_vjp.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+    stacks, join = _fold(info.batch_size, in_dims[:3], arguments[:3])
+    return join(solve_vjp(*stacks, *arguments[3:])), 0
+
+
 @cache
 def _register_sharding() -> None:
     """Tell ``torch.distributed.tensor``, which a distributed tensor has imported, that matrices are independent."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
-    for name, outputs, inputs in (("project_forward", 1, 1), ("project_vjp", 1, 2), ("solve_forward", 2, 1)):
+    for name, outputs, inputs in (
+        ("project_forward", 1, 1),
+        ("project_vjp", 1, 2),
+        ("solve_forward", 2, 1),
+        ("solve_vjp", 1, 3),
+    ):
         ways = [([way] * outputs, [way] * inputs + [None] * 4) for way in (Replicate(), Shard(0))]
         register_sharding(getattr(torch.ops.birkhoff, name).default)(lambda *_, ways=ways: ways)
 
@@ -283,6 +345,77 @@ class _GuardedForwardMode(_Guarded):
         return torch.where(ctx.adjoint.trusts(matrix)[:, None, None], implicit, _jvp(logits, tangent, ctx.plan))
 
 
+class _Tolerance(torch.autograd.Function):
+    """``logits -> (matrix, counts)`` where an iteration stops by itself and its counts can't be read; one derivative.
+
+    Elsewhere the matrices of equal counts are projected once more, together, which has derivatives of every order.
+    """
+
+    @staticmethod
+    def forward(logits: Tensor, plan: Plan, adjoint: Implicit | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.birkhoff.solve_forward(logits, *_schema(plan))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, ctx.plan, ctx.adjoint = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(logits, *output)
+        ctx.save_for_forward(logits, *output)
+
+    @staticmethod
+    def _moved(ctx: Any, direction: Tensor, forward_mode: bool) -> Tensor:
+        logits, matrix, counts = ctx.saved_tensors
+        exact = _ByCounts.apply(logits, counts, direction, ctx.plan, forward_mode)
+        if ctx.adjoint is None:
+            return exact
+        implicit = _derivative(matrix, direction, ctx.plan).to(exact.dtype)
+        return torch.where(ctx.adjoint.trusts(matrix)[:, None, None], implicit, exact)
+
+    @staticmethod
+    def backward(ctx: Any, grad_matrix: Tensor, _: Any) -> tuple[Any, ...]:
+        return _Tolerance._moved(ctx, grad_matrix, False), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+        return _Tolerance._moved(ctx, tangent, True), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, plan: Plan, adjoint: Implicit | None) -> Any:
+        (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
+        matrix, counts = _Tolerance.apply(logits, plan, adjoint)
+        return (join(matrix), join(counts)), (0, 0)
+
+
+class _ByCounts(torch.autograd.Function):
+    """The exact derivative of as many iterations as each matrix took, applied to a direction."""
+
+    @staticmethod
+    def forward(logits: Tensor, counts: Tensor, direction: Tensor, plan: Plan, forward_mode: bool) -> Tensor:
+        if not forward_mode:
+            return torch.ops.birkhoff.solve_vjp(logits, counts, direction, *_schema(plan))
+
+        def push(method: Any, part: Tensor, tangent: Tensor) -> Tensor:
+            return _jvp(part, tangent, (method, *plan[1:]))
+
+        return by_iterations(plan[0], counts, _xp.array_namespace(logits), push, logits, direction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "a projection to a tolerance has no second derivative under vmap, nor for a DTensor; give project the "
+            "whole batch in place of vmap, or a fixed number of iterations (tol=None)"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+        stacks, join = _fold(info.batch_size, in_dims[:3], arguments[:3])
+        return join(_ByCounts.apply(*stacks, *arguments[3:])), 0
+
+
 def _derivative(matrix: Tensor, direction: Tensor, plan: Plan) -> Tensor:
     """The (symmetric) derivative at a solution, in differentiable array calls."""
     return with_dtypes(_at_solution, (matrix, direction), plan[0], _precision(plan)).to(direction.dtype)
@@ -303,6 +436,19 @@ def _nested_forward_mode() -> bool:
         return False
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+
+
+def _is_mapped(stack: Tensor) -> bool:
+    """Whether ``vmap`` or a mesh of devices holds an axis of the tensor, so that no count can be read from it."""
+    if torch.compiler.is_compiling():
+        return False
+    if hasattr(stack, "placements"):  # a DTensor
+        return True
+    while torch._C._functorch.is_functorch_wrapped_tensor(stack):
+        if torch._C._functorch.is_batchedtensor(stack):
+            return True
+        stack = torch._C._functorch.get_unwrapped(stack)
+    return False
 
 
 def _is_watched(stack: Tensor) -> bool:
@@ -362,6 +508,10 @@ def to_tolerance(
     if _converges(solver):
         return _solve(stack, solver, precision)
     plan = _plan(stack, solver, precision)
+    if _is_mapped(stack):
+        return _Tolerance.apply(stack, plan, adjoint)
+    if torch.compiler.is_compiling() and adjoint is None:
+        return torch.ops.birkhoff.solve_forward(stack, *_schema(plan))
     with torch.no_grad():
         matrix, counts = torch.ops.birkhoff.solve_forward(stack.detach(), *_schema(plan))
     if (torch.is_grad_enabled() and stack.requires_grad) or torch.autograd.forward_ad._current_level >= 0:

@@ -122,6 +122,28 @@ def test_gradient_to_a_tolerance_counts_the_iterations_of_each_matrix() -> None:
     assert gradcheck(project(solver), (x,))
 
 
+@pytest.mark.parametrize("adjoint", [None, Implicit(bound=1e-7)], ids=str)
+def test_derivatives_to_a_tolerance_under_vmap(adjoint: Any) -> None:
+    """Counts cannot be read there; the derivative must be the same, and not silently zero."""
+    solver = SinkhornKnopp(num_iters=60, tol=1e-6)
+    stack, direction = torch.cat([logits(3, 3, 3, scale=0.2), logits(3, 3, 3, scale=2.0)]), logits(6, 3, 3, seed=1)
+    assert birkhoff.project(stack, solver).num_iters.unique().numel() > 1
+    function, kept = project(solver, adjoint=adjoint), stack.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(kept), kept, direction)
+
+    def inner(x: Any, y: Any) -> Any:
+        return (function(x) * y).sum()
+
+    torch.testing.assert_close(torch.autograd.grad(vmap(function)(kept), kept, direction)[0], expected)
+    torch.testing.assert_close(vmap(grad(inner))(stack, direction), expected)
+    torch.testing.assert_close(grad(lambda x: vmap(inner)(x, direction).sum())(stack), expected)
+    moved = vmap(lambda x, y: jvp(function, (x,), (y,))[1])(stack, direction)
+    torch.testing.assert_close((moved * direction).sum(), jvp(lambda x: inner(x, direction), (stack,), (direction,))[1])
+    first = torch.autograd.grad(vmap(inner)(kept, direction).sum(), kept, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="no second derivative under vmap"):
+        first.square().sum().backward()
+
+
 def test_trace_observes_and_does_not_differentiate() -> None:
     seen: list[int] = []
     result = birkhoff.project(logits(2, 3, 3).requires_grad_(), trace=lambda k, errors: seen.append(k))
@@ -141,11 +163,30 @@ def test_implicit_falls_back_to_the_exact_gradient_and_says_so() -> None:
     assert guarded.status.tolist() == [birkhoff.Status.converged, birkhoff.Status.ill_conditioned_adjoint]
 
 
-@pytest.mark.parametrize("op", ["project_forward", "project_vjp", "solve_forward"])
-def test_opcheck(op: str) -> None:
+@pytest.mark.parametrize("op", ["project_forward", "project_vjp", "solve_forward", "solve_vjp"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_opcheck(op: str, watched: bool) -> None:
     stack, plan = logits(5, 3, 3), (to_text(SinkhornKnopp(num_iters=4)), "float64", "float64", "float64")
-    arguments = (stack, stack, *plan) if op == "project_vjp" else (stack, *plan)
-    torch.library.opcheck(getattr(torch.ops.birkhoff, op).default, arguments)
+    counts = torch.tensor([1, 2, 3, 2, 1], dtype=torch.int32)
+    stacks = {"project_vjp": (stack, stack), "solve_vjp": (stack, counts, stack)}.get(op, (stack,))
+    if watched and not op.endswith("vjp"):  # the others have a first gradient
+        stacks = (stack.requires_grad_(),)
+    torch.library.opcheck(getattr(torch.ops.birkhoff, op).default, (*stacks, *plan))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    "solver", [SinkhornKnopp(num_iters=9), SinkhornKnopp(num_iters=60, tol=1e-6), Newton()], ids=to_text
+)
+def test_gradients_where_the_compiler_meets_an_operator_bare(solver: Any, mapped: bool) -> None:
+    """Under ``vmap``, whose Functions it takes apart, and with a tolerance, whose counts it cannot read."""
+    torch._dynamo.reset()
+    function = vmap(project(solver)) if mapped else project(solver)
+    x, weight = torch.cat([logits(2, 3, 3, scale=0.2), logits(2, 3, 3)]).requires_grad_(), logits(4, 3, 3, seed=1)
+    compiled = torch.compile(lambda x: function(x) * weight, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(x).sum(), x)
+    torch.testing.assert_close(got, torch.autograd.grad(project(solver)(x), x, weight)[0])
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
@@ -272,14 +313,16 @@ def test_distributed_tensors_keep_their_shards(solver: Any) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         sharded = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)])
-        sharded.requires_grad_(solver in (SinkhornKnopp(), Newton()))  # a gradient to a tolerance regroups the batch
+        sharded.requires_grad_()
         result = birkhoff.project(sharded, solver, finish="exact")
         assert result.matrix.placements == result.status.placements == (Shard(0),)
         assert torch.equal(result.matrix.full_tensor(), expected.matrix)
         assert torch.equal(result.status.full_tensor(), expected.status)
-        if sharded.requires_grad:
-            result.matrix.square().sum().backward()
-            assert sharded.grad.placements == (Shard(0),) and sharded.grad.full_tensor().isfinite().all()
+        result.matrix.square().sum().backward()
+        whole = x.requires_grad_()
+        birkhoff.project(whole, solver, finish="exact").matrix.square().sum().backward()
+        assert sharded.grad.placements == (Shard(0),)
+        torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
     finally:
         torch.distributed.destroy_process_group()
 
