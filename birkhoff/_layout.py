@@ -153,7 +153,7 @@ def _batch_last(xp: Any, stack: Any) -> Any:
 
 def any_range(solver: Any) -> Any:
     """The solver itself, or, where its own arithmetic is limited, the one that computes the same for every range."""
-    return solver.arithmetics("float64")[-1][1] if hasattr(solver, "arithmetics") else solver
+    return solver.for_any_range() if hasattr(solver, "for_any_range") else solver
 
 
 def split_by_range(
@@ -168,25 +168,27 @@ def split_by_range(
         return function(any_range(solver), frame, *stacks)
     xp, logits = frame.xp, stacks[0]
     span = xp.max(logits, axis=(frame.i, frame.j)) - xp.min(logits, axis=(frame.i, frame.j))
-    doubles = _math.accumulate_dtype(xp, logits) == xp.float64
-    rest = xp.ones_like(span, dtype=xp.bool)
+    own_dtype = _xp.dtype_name(logits.dtype)
+    rest: Any = None  # the matrices without an arithmetic yet; None means all
     parts: list[tuple[Any, ...]] = []
     positions: list[Any] = []
-    for limit, method, name in solver.arithmetics(_xp.dtype_name(logits.dtype)):
-        if name == "float64" and not doubles:
+    for limit, method, name in solver.arithmetics(own_dtype):
+        if name != own_dtype and _math.accumulate_dtype(xp, logits) != xp.float64:
             continue
-        chosen = rest if limit is None else xp.logical_and(rest, span <= limit)  # false for NaN and for -inf
+        fits = xp.ones_like(span, dtype=xp.bool) if limit is None else span <= limit  # false for NaN and for -inf
+        dtype = _xp.dtype_of(xp, name)
+        own = frame if name == own_dtype else replace(frame, accumulate=dtype)
+        if rest is None and bool(xp.all(fits)):
+            return _cast(xp, function(method, own, *_cast(xp, stacks, dtype)), logits.dtype)
+        chosen = fits if rest is None else xp.logical_and(rest, fits)
         if not bool(xp.any(chosen)):
             continue
-        dtype = _xp.dtype_of(xp, name)
-        own = frame if dtype == logits.dtype else replace(frame, accumulate=dtype)
-        rest = xp.logical_and(rest, xp.logical_not(chosen))
-        if not parts and not bool(xp.any(rest)):
-            return _cast(xp, function(method, own, *_cast(xp, stacks, dtype)), logits.dtype)
         (where,) = xp.nonzero(chosen)
         taken = _cast(xp, tuple(frame.take(stack, where) for stack in stacks), dtype)
         parts.append(_cast(xp, function(method, own, *taken), logits.dtype))
         positions.append(where)
+        left = xp.logical_not(chosen)
+        rest = left if rest is None else xp.logical_and(rest, left)
         if not bool(xp.any(rest)):
             break
     return frame.gather(parts, positions)

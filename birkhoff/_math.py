@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from birkhoff import _xp
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "lower_bound",
     "marginal_errors",
     "maximum_along",
+    "reciprocal",
     "reduce_sum",
     "softmax",
 ]
@@ -39,8 +42,16 @@ def _has_float64(xp: Any, array: Any) -> bool:
 def reduce_sum(xp: Any, array: Any, axis: int, accumulate: Any) -> Any:
     """Sum along ``axis``, kept as an axis of length one, accumulated in the dtype ``accumulate``."""
     if accumulate == array.dtype:
+        if type(array) is np.ndarray:  # what numpy.sum calls, at a third of its price for a small array
+            return np.add.reduce(array, axis=axis, keepdims=True)
         return xp.sum(array, axis=axis, keepdims=True)
     return _xp.astype(xp, xp.sum(array, axis=axis, keepdims=True, dtype=accumulate), array.dtype)
+
+
+def reciprocal(array: Any) -> Any:
+    """``1 / array``; torch divides a number by a tensor in Python, and has a method that does not."""
+    method = getattr(array, "reciprocal", None)
+    return 1.0 / array if method is None else method()
 
 
 def lower_bound(xp: Any, array: Any, low: Any) -> Any:

@@ -6,6 +6,7 @@ Nothing here imports torch or CuPy: a library is recognised by the arrays that t
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import array_api_compat
@@ -90,10 +91,15 @@ _DEVICE_KINDS = {"cupy": "cuda", "array_api_strict": "cpu"}
 def dtype_name(dtype: Any) -> str:
     """``"float32"`` for ``numpy.float32``, ``torch.float32``, ``array_api_strict.float32`` alike."""
     if isinstance(dtype, np.dtype):
-        return dtype.name
+        return _numpy_name(dtype)
     if isinstance(dtype, type):  # NumPy's and CuPy's scalar classes
         return dtype.__name__
     return str(dtype).rsplit(".", 1)[-1]
+
+
+@cache
+def _numpy_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name
 
 
 def dtype_of(xp: Any, name: str) -> Any:

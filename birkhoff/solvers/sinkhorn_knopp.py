@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from birkhoff import _math
 from birkhoff._layout import Frame
 from birkhoff.solvers.protocol import First, check_options
 from birkhoff.solvers.range_cap import cap, pull_cap
@@ -71,14 +72,20 @@ class SinkhornKnopp:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def arithmetics(self, dtype_name: str) -> tuple[tuple[float | None, Any, str], ...]:
+    def arithmetics(self, dtype_name: str) -> Iterator[tuple[float | None, Any, str]]:
         """Largest logit range, solver and dtype of each arithmetic, cheapest first; the last serves every range."""
-        log = SinkhornLog(num_iters=self.num_iters, tol=self.tol, first=self.first, range_cap=self.range_cap)
-        rescaled = _Rescaled(num_iters=self.num_iters, tol=self.tol, first=self.first, range_cap=self.range_cap)
-        table = [(_PLAIN[dtype_name], self, dtype_name), (_RESCALED[dtype_name], rescaled, dtype_name)]
+        yield _PLAIN[dtype_name], self, dtype_name
+        yield _RESCALED[dtype_name], self._as(_Rescaled), dtype_name
         if dtype_name == "float32":  # double precision costs less than logarithms
-            table.append((_PLAIN["float64"], self, "float64"))
-        return (*table, (None, log, dtype_name))
+            yield _PLAIN["float64"], self, "float64"
+        yield None, self.for_any_range(), dtype_name
+
+    def for_any_range(self) -> SinkhornLog:
+        """The solver that computes the same for every logit range."""
+        return self._as(SinkhornLog)
+
+    def _as(self, kind: Any) -> Any:
+        return kind(num_iters=self.num_iters, tol=self.tol, first=self.first, range_cap=self.range_cap)
 
     def init(self, logits: Any, frame: Frame) -> tuple[Any, ...]:
         """The kernel K, a placeholder for v, and w = 1."""
@@ -92,7 +99,7 @@ class SinkhornKnopp:
         """Both scalings anew."""
         kernel, _, w = state
         first, last = frame.order(self.first)
-        v = 1.0 / frame.weighted_sum(kernel, w, first)
+        v = _math.reciprocal(frame.weighted_sum(kernel, w, first))
         return kernel, v, self._inverse(frame.weighted_sum(kernel, v, last), frame)
 
     def matrix(self, state: tuple[Any, ...], frame: Frame) -> Any:
@@ -114,7 +121,7 @@ class SinkhornKnopp:
         return pull_cap(logits, grad_log, self.range_cap, frame.order(self.first)[0], frame)
 
     def _inverse(self, sums: Any, frame: Frame) -> Any:
-        return 1.0 / sums
+        return _math.reciprocal(sums)
 
 
 class _Rescaled(SinkhornKnopp):
@@ -125,4 +132,4 @@ class _Rescaled(SinkhornKnopp):
 
     def trajectory(self, logits: Any, frame: Frame) -> Iterator[tuple[Any, int, float]]:
         """In the log domain: here every iterate is written out, and its small entries would underflow."""
-        return self.arithmetics("float64")[-1][1].trajectory(logits, frame)
+        return self.for_any_range().trajectory(logits, frame)
