@@ -51,15 +51,16 @@ PACKAGES = (
 
 #: measured at every shape before anything else, for most bars are about them; ours before a peer is imported
 FIRST = ("ours, fused", "TileKernels")
-#: the others in order of importance: all of them at the first shape, then, after the kernels alone, at the other shapes
+#: the others in order of importance: all of them at the first shape, then, after the kernels alone, at the other shapes;
+#: Liger last, which tunes itself for one to two minutes at a new shape
 THEN = (
     "ours, fused, all Triton",
-    "Liger",
     "transformers DeepSeek-V4",
     "eager, fp32",
     "torch.compile, bf16 GEMM",
     "ours, plain torch",
     "ours, plain torch, compiled",
+    "Liger",
 )
 
 SHAPES = ((16384, 4096), (16384, 1280), (16384, 7168), (4096, 1280), (4096, 4096))

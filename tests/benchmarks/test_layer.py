@@ -81,8 +81,8 @@ def test_bars_come_first_then_every_peer_once_then_the_rest() -> None:
     order = layer._order([large, small], ["Liger", "TileKernels", "eager, fp32", "ours, fused"])
     assert order == [
         *((large, "ours, fused"), (small, "ours, fused"), (large, "TileKernels"), (small, "TileKernels")),
-        *((large, "Liger"), (large, "eager, fp32")),
-        *((large, None), (small, None), (small, "Liger"), (small, "eager, fp32")),
+        *((large, "eager, fp32"), (large, "Liger")),
+        *((large, None), (small, None), (small, "eager, fp32"), (small, "Liger")),
     ]
 
 
@@ -163,7 +163,7 @@ def test_a_run_saves_each_row_and_stops_in_time() -> None:
     late = Deadline(600.0)
     layer.run(shapes, 4, names, 2, late, report, lambda: saved.append(layer_report.markdown(report)), kernels=True)
     assert len(saved) == 9 and sorted(row["name"] for row in report["shapes"][1]["rows"]) == sorted(names)
-    fused, liger, eager = report["shapes"][0]["rows"]
+    fused, eager, liger = report["shapes"][0]["rows"]
     chain = times(100.0, 50.0) | {"one_thread_us": 75.0, "site_us": 0.0, "half_us": 100.0}
     assert fused["chain"]["fused"]["both"] == chain and fused["both"]["one_thread_us"] == 600.0
     assert "one_thread_us" not in fused["forward"]
