@@ -51,8 +51,8 @@ PACKAGES = (
 
 #: measured at every shape before anything else, for most bars are about them; ours before a peer is imported
 FIRST = ("ours, fused", "TileKernels")
-#: the others in order of importance: all of them at the first shape, then, after the kernels alone, at the other shapes;
-#: Liger last, which tunes itself for one to two minutes at a new shape
+#: the others in order of importance, but Liger last, which tunes itself for one to two minutes at a new shape: all of
+#: them at the first shape, then, after the kernels alone, at the other shapes
 THEN = (
     "ours, fused, all Triton",
     "transformers DeepSeek-V4",
