@@ -99,7 +99,8 @@ class Stage(nn.Module):
             state = model.walk(state, context, sites)
             if self.is_last:
                 return model.readout(state.x, state.h_pre)
-            return (state.x, state.h_pre) if self.carries_pre else state.x
+            # h_pre may be a view of all coefficients; what is sent must fill its storage
+            return (state.x, cast("Tensor", state.h_pre).contiguous()) if self.carries_pre else state.x
 
 
 class PipelineEngine:

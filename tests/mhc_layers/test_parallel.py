@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from mhc_layers import Transformer
-from mhc_layers._torch_ops import FusedSite
+from mhc_layers._torch_ops import FusedSite, fused_site
 from mhc_layers.cli import main
 from mhc_layers.parallel.engine import Precision
 from mhc_layers.parallel.mesh import ParallelConfig, World, join_processes, leave_processes
@@ -37,11 +37,14 @@ def batch(rows=8):
     return torch.randint(256, (rows, 13), generator=torch.Generator().manual_seed(5))
 
 
-def build(model_config, parallel, world, device="cpu", dtype=torch.float32):
+def build(model_config, parallel, world, device="cpu", dtype=torch.float32, fused=False):
+    """Sites are fused on a GPU; on a CPU their operators run in plain torch, if ``fused``."""
     torch.manual_seed(0)
     precision = Precision(device_type=device, stream_dtype=dtype)
     model = Transformer(model_config).to(device)
-    assert all(isinstance(site.implementation, FusedSite) == (device == "cuda") for site in model.sites)
+    for site in model.sites if fused else ():
+        site.requested_implementation = site._implementation = fused_site(site.convention)
+    assert all(isinstance(site.implementation, FusedSite) == (fused or device == "cuda") for site in model.sites)
     return parallelize(model, parallel, precision, world=world)
 
 
@@ -96,12 +99,14 @@ CASES = {
     "pipeline": (ParallelConfig(pipeline=2), {}, 0),
     "pipeline-untied": (ParallelConfig(pipeline=2, micro_batches=2), {"tie_embeddings": False, "num_layers": 3}, 0),
     "pipeline-delayed": (ParallelConfig(pipeline=2, recompute=3), {"convention": "deepseek_v41", "num_layers": 3}, 0),
+    "pipeline-delayed-fused": (ParallelConfig(pipeline=2), {"convention": "deepseek_v41", "num_layers": 3}, 0),
 }
 
 
-def _takes_contiguous_tensors(stage, arguments):
-    """PyTorch 2.11 refuses others in a schedule."""
-    assert not torch.is_grad_enabled() or all(argument.is_contiguous() for argument in arguments)
+def _is_contiguous(stage, arguments, outputs):
+    """PyTorch 2.11 refuses other tensors in a schedule."""
+    passed = [*arguments, *(outputs if isinstance(outputs, tuple) else (outputs,))]
+    assert not torch.is_grad_enabled() or all(tensor.is_contiguous() for tensor in passed)
 
 
 def _compare_cases(rank, device, names):
@@ -109,9 +114,9 @@ def _compare_cases(rank, device, names):
     for name in names:
         parallel, changes, micro = CASES[name]
         model_config = tiny_model(**changes)
-        engine = build(model_config, parallel, world, device)
+        engine = build(model_config, parallel, world, device, fused=name.endswith("fused"))
         if isinstance(engine, PipelineEngine):
-            engine.model.register_forward_pre_hook(_takes_contiguous_tensors)
+            engine.model.register_forward_hook(_is_contiguous)
         actual = steps(engine, micro)
         expected = one_process(model_config, device)
         try:
