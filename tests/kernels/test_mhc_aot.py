@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -88,5 +90,9 @@ def test_projection_and_last_backward_reach_the_wide_tensor_cores() -> None:
             assembly[launch.name] = compile_launch(launch, 90).assembly
     assert "wgmma.mma_async" in assembly["project_kernel"]
     assert "wgmma.mma_async" in assembly["streams_backward_kernel"]
+    # a step of the projection has a sum of its own: an operand of wgmma says whether it adds to what is there
+    adds = re.findall(r"wgmma\.mma_async[^;]*?, ([^,]+), 1, 1, [01], [01];", assembly["project_kernel"])
+    assert len(adds) == 16
+    assert adds[0] == "0"
     # the dot products of phase A end in the lane: five shuffles a product at the end, none in the loop
     assert assembly["write_backward_kernel"].count("shfl.sync") == 5 * 20

@@ -47,7 +47,14 @@ def test_memory_beyond_the_results_is_under_half_a_stream(tokens: int, c: int) -
     """What a backward allocates beside its results, as counted in ``measured/layer_kernels.md``."""
     splits = configs.streams_backward_config(tokens, 4, c, 2, 132, 90).num_splits
     slabs = splits * 24 * 4 * c * 4  # the first one is the gradient of phi
-    assert (tokens * 468 + slabs) / (2 * tokens * c) < 0.5
+    partials = configs.cdiv(tokens, configs.finish_config(tokens, 4, 132).block_tokens) * 36 * 4
+    assert (tokens * 468 + slabs + partials) / (2 * tokens * c) < 0.5
+
+
+def test_finish_spreads_few_tokens_over_the_multiprocessors() -> None:
+    """A token a lane; half of the lanes where there are no more than 32 tokens for each multiprocessor."""
+    assert configs.finish_config(4096, 4, 132).block_tokens == 16
+    assert configs.finish_config(132 * 32 + 1, 4, 132).block_tokens == 32
 
 
 @pytest.mark.parametrize("convention", [PAPER, DEEPSEEK_V4], ids=["paper", "v4"])

@@ -15,6 +15,7 @@ from mhc_layers import DEEPSEEK_V4, DEEPSEEK_V41, PAPER, HyperConnection, Transf
 from mhc_layers._fused_state import FusedState
 from mhc_layers._torch_ops import FusedSite
 from mhc_layers.kernels.table import leaf, restricted_to
+from mhc_layers.kernels.triton.configs import ProjectConfig
 from tests.kernels.mhc_cases import leaves_chain, make_problem, oracle, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,16 @@ def test_site_equals_float64(n: int, c: int, tokens: int, dtype: torch.dtype, co
     for name, error in errors.items():
         assert error <= (rounded if name in STREAMS else summed), errors
     assert all(torch.equal(first[name], second[name]) for name in first), "not bitwise reproducible"
+
+
+def test_projection_does_not_lose_accuracy_with_the_number_of_channels() -> None:
+    """Sums over all of K = 28672 in one program: the tensor cores' own accumulator has 7e-5 there."""
+    problem = make_problem(128, 4, 7168, torch.bfloat16, device="cuda")
+    with restricted_to("triton"):
+        slabs, _ = leaf("project", problem.x)(problem.x, problem.phi, config=ProjectConfig(64, 128, 1, 4, 4))
+    assert slabs.shape[0] == 1
+    exact = problem.x.double().flatten(1) @ problem.phi.double().T
+    assert relative_error(slabs[0], exact) <= 4e-6  # 2.5e-6 is what two bfloat16 terms of phi leave out
 
 
 def sites(n: int, c: int, convention: Any) -> tuple[HyperConnection, HyperConnection]:
@@ -238,6 +249,30 @@ def test_kept_memory_is_a_hundred_bytes_a_token() -> None:
     del state
     kept = requested() - before - u.nbytes - out.nbytes
     assert kept <= 100 * tokens + 4096
+
+
+def test_peak_is_what_is_counted() -> None:
+    """``measured/layer_kernels.md``, "Memory": ten streams' worth of results and half a one, at most."""
+    tokens, c = 4096, 1280
+    fused, _ = sites(4, c, PAPER)
+    x = torch.randn(tokens, 4, c, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    f = torch.randn(tokens, c, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    given = torch.randn(tokens, c, device="cuda", dtype=torch.bfloat16), torch.randn_like(x)
+
+    def step() -> object:
+        u, state = fused.pre(x)
+        outputs = u, fused.post(x, f, state)
+        return outputs, torch.autograd.grad(outputs, [x, f, fused.phi], given)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    results = step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    del results
+    assert peak <= 10.5 * 2 * tokens * c
 
 
 @pytest.mark.parametrize(("n", "c", "sites"), [(4, 256, 5), (3, 1000, 1), (8, 64, 3)])

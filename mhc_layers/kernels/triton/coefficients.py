@@ -81,11 +81,13 @@ def project_kernel(
             hi = w.to(tl.bfloat16)
             lo = (w - hi.to(tl.float32)).to(tl.bfloat16)
             if UPCAST:
-                acc = tl.dot(x32, hi.to(tl.float32), acc, input_precision=PRECISION)
-                acc = tl.dot(x32, lo.to(tl.float32), acc, input_precision=PRECISION)
+                part = tl.dot(x32, hi.to(tl.float32), input_precision=PRECISION)
+                part = tl.dot(x32, lo.to(tl.float32), part, input_precision=PRECISION)
             else:
-                acc = tl.dot(x, hi, acc)
-                acc = tl.dot(x, lo, acc)
+                part = tl.dot(x, hi)
+                part = tl.dot(x, lo, part)
+            # these cut off what a sum cannot hold, so each step has a sum of its own; float32 additions round
+            acc += part
         else:
             acc = tl.dot(x32, w, acc, input_precision=PRECISION)
         # V neighbouring channels sit in one lane, so the loop has no shuffles
@@ -348,7 +350,7 @@ def finish_launch(
     """The launch of the finish, for one device."""
     num_streams = streams_of(num_rows)
     if config is None:
-        config = finish_config(num_streams)
+        config = finish_config(num_tokens, num_streams, num_sms(device))
     constants = {
         "n": num_streams,
         "NS": next_power_of_2(num_streams),

@@ -19,6 +19,7 @@ from mhc_layers.kernels.triton.configs import (
     cdiv,
     finish_config,
     next_power_of_2,
+    num_sms,
     overlaps,
 )
 from mhc_layers.kernels.triton.launch import Launch
@@ -275,7 +276,7 @@ def finish_backward_launch(
     width = mix_width(num_streams)
     terms = 2 if two_terms else 1
     if config is None:
-        config = finish_config(num_streams)
+        config = finish_config(num_tokens, num_streams, num_sms(device))
     programs = cdiv(num_tokens, config.block_tokens)
     damped = options.method == "damped"
     # iterations past the last whole segment are replayed one by one: shorter segments leave fewer

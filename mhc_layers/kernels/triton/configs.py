@@ -153,7 +153,7 @@ def project_config(
     num_splits = max(1, min(round(2 * sms / tiles), k // (4 * block_k), 32))
     if item_size == 4:
         return ProjectConfig(block_tokens, block_k, num_splits, 8, 3)
-    return ProjectConfig(block_tokens, block_k, num_splits, 4, 3 if wide else 4)
+    return ProjectConfig(block_tokens, block_k, num_splits, 4, 3 if num_streams > 6 else 4)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -211,12 +211,13 @@ class FinishConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def finish_config(num_streams: int) -> FinishConfig:
+def finish_config(num_tokens: int, num_streams: int, sms: int) -> FinishConfig:
     """One token a lane up to n = 4, a tile of lanes beyond; ten iterations of the backward in registers."""
     if is_interpreting():
         return FinishConfig(64, 1, num_streams <= 4, 5)
     if num_streams <= 4:
-        return FinishConfig(32, 1, True, 10)
+        # half of the lanes, twice as many programs, where there are multiprocessors for them
+        return FinishConfig(16 if num_tokens <= 32 * sms else 32, 1, True, 10)
     return FinishConfig(4, 4, False, 10)
 
 
