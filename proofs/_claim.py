@@ -35,6 +35,15 @@ class Sample:
         Seed of the permutations, shifts and upstream gradients that a claim adds.
     note : str
         Which generator made it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from proofs.claims import Sample
+    >>> sample = Sample(np.array([[[0.5, -np.inf], [0.0, 1.0]]], dtype=np.float32), "float32", seed=7)
+    >>> Sample.from_record(sample.as_record()).logits
+    array([[[ 0.5, -inf],
+            [ 0. ,  1. ]]], dtype=float32)
     """
 
     logits: np.ndarray
@@ -93,6 +102,12 @@ class Observation:
         Which matrix of the stack it was.
     detail : str
         A few words for the report.
+
+    Examples
+    --------
+    >>> from proofs.claims import Observation
+    >>> Observation(3e-16, 4e-16).holds, Observation(float("nan"), 1.0).holds, Observation(1.0, float("inf")).holds
+    (True, False, False)
     """
 
     seen: float
@@ -123,6 +138,12 @@ def worst(seen: Any, allowed: Any, detail: str = "") -> Observation:
     seen, allowed : array_like, shape (B, ...)
         Deviation and allowance; broadcast, then reduced over all axes but the first. NaN and an infinite allowance
         count as a breach.
+
+    Examples
+    --------
+    >>> from proofs.claims import worst
+    >>> worst([1.0, 3.0, 2.0], [4.0, 4.0, 1.0], "distance")
+    Observation(seen=2.0, allowed=1.0, item=2, detail='distance')
     """
     seen, allowed = np.broadcast_arrays(np.asarray(seen, dtype=np.float64), np.asarray(allowed, dtype=np.float64))
     if seen.size == 0:

@@ -46,9 +46,20 @@ def sums(matrix: np.ndarray, side: str) -> np.ndarray:
     matrix : numpy.ndarray, shape (..., n, n)
     side : {"rows", "columns"}
 
+    Returns
+    -------
+    numpy.ndarray of float64, shape (..., n)
+
     Notes
     -----
     Neumaier's compensated summation: twice the working precision, in standard float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from proofs.measure import sums
+    >>> sums(np.array([[1e16, 1.0], [0.0, -1e16]]), "columns").tolist(), sums(np.full((1, 3), 0.1), "rows").tolist()
+    ([1e+16, -1e+16], [0.30000000000000004])
     """
     wide = np.asarray(matrix, dtype=np.float64)
     terms = np.moveaxis(wide, -1 if side == "rows" else -2, 0)
@@ -73,14 +84,25 @@ def logit_range(logits: np.ndarray) -> np.ndarray:
 
 
 def accuracy_allowance(logits: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the accuracy contract 4 n u max(1, range/16), with the cast to the stored dtype, shape (B,)."""
+    """Return the accuracy contract 4 n u max(1, range/16), with the cast to the stored dtype, shape (B,).
+
+    >>> import numpy as np
+    >>> from proofs.measure import accuracy_allowance
+    >>> accuracy_allowance(np.array([[[0.0, 32.0], [0.0, 0.0]]]), "float32") / 2.0**-24
+    array([16.])
+    """
     size = logits.shape[-1]
     contract = 4 * size * _COMPUTE[dtype] * np.maximum(1.0, logit_range(logits) / 16)
     return contract + (1 + contract) * _STORE[dtype] + _TINY[dtype]
 
 
 def marginal_allowance(size: int, dtype: str) -> float:
-    """Return (n+1) u, with the cast to the stored dtype and flushed subnormals."""
+    """Return (n+1) u, with the cast to the stored dtype and flushed subnormals.
+
+    >>> from proofs.measure import marginal_allowance
+    >>> marginal_allowance(4, "float64") / 2.0**-53
+    5.0
+    """
     return (size + 1) * _COMPUTE[dtype] + (1 + (size + 1) * _COMPUTE[dtype]) * _STORE[dtype] + size * _TINY[dtype]
 
 

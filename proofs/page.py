@@ -261,11 +261,21 @@ def _cell(group: list[dict[str, Any]]) -> str:
     return ", ".join(filter(None, parts)) or "-"
 
 
+_OPTIONS = (
+    "projection", "last", "num_iters", "backend", "dtype", "size", "solver", "claim",
+    "profile", "seed", "jobs", "seconds",
+)  # fmt: skip
+
+
 def _command(settings: dict[str, Any]) -> str:
-    words = [f"--backend {name}" for name in settings["backend"] or ()]
-    words += [f"--profile {settings['profile']}", f"--jobs {settings['jobs']}"]
-    if settings.get("seconds") is not None:
-        words.append(f"--seconds {settings['seconds']:g}")
+    """The options that a run was given, as they are typed."""
+    words = []
+    for name in _OPTIONS:
+        given = settings.get(name)
+        if name == "last" and settings.get("projection") is None:
+            continue  # a default that says nothing of this library
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     return " ".join(words)
 
 

@@ -133,10 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions: dict[str, str] = {}
     sizes: dict[str, list[int]] = {}
     profiles: dict[str, str] = {}
+    packages = {peer.function: peer.package for peer in adapters.PEERS}
     for path in options.add:
         document = json.loads(path.read_text(encoding="utf-8"))
         name = str(document["settings"]["projection"]).rpartition(":")[2]
-        package = _DISTRIBUTIONS[next(peer.package for peer in adapters.PEERS if peer.function == name)]
+        if name not in packages:
+            parser.error(f"{path} is a report of {name}, which is none of {', '.join(packages)}")
+        package = _DISTRIBUTIONS[packages[name]]
         results[name] = [_excused(record) for record in document["outcomes"]]
         sizes[name] = document["settings"].get("size") or []
         profiles[name] = document["settings"]["profile"]

@@ -114,6 +114,19 @@ def run_claim(claim: Claim, subject: Any, profile: Profile, *, seed_value: int |
     profile : Profile
     seed_value : int, optional
         Without it the examples are the same on every run.
+
+    Returns
+    -------
+    Outcome
+
+    Examples
+    --------
+    >>> from birkhoff.solvers import SinkhornLog
+    >>> from proofs import backends, claims, runner, subjects
+    >>> subject = subjects.solver_subject(SinkhornLog(), backends.backend("numpy"))
+    >>> outcome = runner.run_claim(claims.by_name("last_side_exact"), subject, runner.PROFILES["quick"])
+    >>> outcome.verdict, outcome.worst.holds, outcome.examples
+    ('holds', True, 320)
     """
     reason = claim.applies(subject)
     if reason is not None:

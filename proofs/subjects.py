@@ -216,7 +216,7 @@ def user_subject(
     last : {"rows", "columns"}
         The side that it normalises last.
     backend_name : str
-        Which arrays it takes, a key of :data:`proofs.backends.BACKENDS`.
+        Which arrays it takes: a name that ``--backend`` takes.
     num_iters : int, optional
         Compare it with that many exact iterations as well.
     dtypes : sequence of str, optional

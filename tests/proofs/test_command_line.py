@@ -61,6 +61,9 @@ def test_reports_can_be_read_back_and_replayed(tmp_path: Path, capsys: pytest.Ca
     assert document["claims"]["last_side_exact"]["lemma"] == "rownorm_sum"
     text = page.render_report(report)
     assert "1 hold, 1 broken, 0 not claimed, 0 not tried" in text and "commit abc" in text
+    said = " ".join(text.split())
+    assert f"`python -m proofs --projection {WRONG} --last rows --claim last_side_exact --claim one_by_one" in said
+    assert "--profile quick --seed 3 --jobs 1`" in said
     assert "| last_side_exact | **broken 1/1** |" in text and "| one_by_one_is_one | 1 hold |" in text
     assert "- broken: last\\_side\\_exact" in page.render_measured([report])
     suite = ElementTree.parse(junit).getroot()[0]
