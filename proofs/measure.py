@@ -18,6 +18,7 @@ __all__ = [
     "norm2",
     "norms_at_most",
     "norms_below",
+    "roundings",
     "storage_error",
     "sums",
 ]
@@ -96,14 +97,20 @@ def accuracy_allowance(logits: np.ndarray, dtype: str) -> np.ndarray:
     return contract + (1 + contract) * _STORE[dtype] + _TINY[dtype]
 
 
+def roundings(units: int, size: int, dtype: str) -> float:
+    """Return `units` of u, with the cast of a result near 1 to the stored dtype, and n numbers that are flushed."""
+    computed = units * _COMPUTE[dtype]
+    return computed + (1 + computed) * _STORE[dtype] + size * _TINY[dtype]
+
+
 def marginal_allowance(size: int, dtype: str) -> float:
-    """Return (n+1) u, with the cast to the stored dtype and flushed subnormals.
+    """Return what the sums of the side that is normalised last may miss: (n+1) u, with :func:`roundings`' cast.
 
     >>> from proofs.measure import marginal_allowance
     >>> marginal_allowance(4, "float64") / 2.0**-53
     5.0
     """
-    return (size + 1) * _COMPUTE[dtype] + (1 + (size + 1) * _COMPUTE[dtype]) * _STORE[dtype] + size * _TINY[dtype]
+    return roundings(size + 1, size, dtype)
 
 
 def limit_allowance(size: int, tol: float = 1e-6) -> float:
@@ -121,8 +128,7 @@ def finish_allowance(size: int, dtype: str) -> float:
     The rank-one fill divides by the sum of n deficits, each with the error of a sum of n entries. Float32 results are
     summed in float64, so only the stored entries round.
     """
-    units = size * size + size + 4 if dtype == "float64" else size + 4
-    return units * _COMPUTE[dtype] + (1 + units * _COMPUTE[dtype]) * _STORE[dtype] + size * _TINY[dtype]
+    return roundings(size * size + size + 4 if dtype == "float64" else size + 4, size, dtype)
 
 
 def norm2(matrix: np.ndarray) -> np.ndarray:

@@ -9,15 +9,10 @@ import numpy as np
 from proofs import rational, strategies
 from proofs._claim import Claim, Observation, Sample, holds_where, worst, worst_of
 from proofs.certificate import stored_matrices
-from proofs.measure import compute_roundoff, finish_allowance, norms_at_most, storage_error, sums
+from proofs.measure import finish_allowance, norms_at_most, roundings, sums
 from proofs.systems import Rounder
 
 __all__ = ["CLAIMS"]
-
-
-def _slack(sample: Sample, units: float) -> float:
-    tiny = 2.0**-24 if sample.dtype == "float16" else 2.0**-126
-    return units * compute_roundoff(sample.dtype) + storage_error(sample.dtype) * (1 + 1e-3) + tiny * 64
 
 
 def _exact_sums(subject: Rounder, sample: Sample) -> Observation:
@@ -34,7 +29,7 @@ def _shrunk(subject: Rounder, sample: Sample) -> Observation:
     shrunk = subject.nonexpansive(matrices, sample.dtype)
     size = sample.logits.shape[-1]
     # float32 values are summed in float64: a sum that exceeds 1 by less than its rounding is not seen
-    allowed = (size + 2) * 2.0**-53 if sample.dtype == "float32" else _slack(sample, size + 2)
+    allowed = (size + 2) * 2.0**-53 if sample.dtype == "float32" else roundings(size + 2, size, sample.dtype)
     excess = np.maximum(sums(shrunk, "rows"), sums(shrunk, "columns")) - 1
     bound = np.full(len(matrices), (1 + allowed) * (1 + 4 * 2.0**-53))
     grown = np.max(shrunk - matrices, axis=(-2, -1))
@@ -55,13 +50,14 @@ def _near(subject: Rounder, sample: Sample) -> Observation:
     size = sample.logits.shape[-1]
     # entries up to the largest sum are divided with a rounding each, and so are the stored ones
     scale = 1 + np.max(matrices, axis=(-2, -1))
-    return worst(moved, 2 * missing + size * size * scale * _slack(sample, size + 8), "|B - A|_1")
+    rounding = size * size * scale * roundings(size + 8, size, sample.dtype)
+    return worst(moved, 2 * missing + rounding, "|B - A|_1")
 
 
 def _as_rational(subject: Rounder, sample: Sample) -> Observation:
     matrices = stored_matrices(sample)
     size = sample.logits.shape[-1]
-    allowed = _slack(sample, 4 * size + 16)
+    allowed = roundings(4 * size + 16, size, sample.dtype)
     seen = []
     for item, matrix in enumerate(matrices):
         entries = rational.exact(matrix)

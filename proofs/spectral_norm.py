@@ -9,7 +9,7 @@ import numpy as np
 from proofs import strategies
 from proofs._claim import Claim, Observation, Sample, holds_where, worst
 from proofs.conditions import exact_side, finished, kl
-from proofs.measure import accuracy_allowance, compute_roundoff, norm2, norms_at_most, storage_error, sums
+from proofs.measure import accuracy_allowance, norm2, norms_at_most, roundings, sums
 from proofs.rational import schur_holds
 from proofs.subjects import Subject
 
@@ -41,9 +41,8 @@ def _ceiling(subject: Subject, sample: Sample) -> Observation:
 
 def _nonexpansive(subject: Subject, sample: Sample) -> Observation:
     matrix = subject.matrix(sample)
-    allowed = (sample.logits.shape[-1] + 4) * compute_roundoff(sample.dtype) + storage_error(sample.dtype)
-    if subject.finish == "exact":
-        allowed = subject.side_allowance(sample)
+    size = sample.logits.shape[-1]
+    allowed = subject.side_allowance(sample) if subject.finish == "exact" else roundings(size + 4, size, sample.dtype)
     bound = np.full(len(matrix), np.nextafter(1 + allowed, np.inf))
     return holds_where(norms_at_most(matrix, bound), "norm above 1")
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from birkhoff import reference
 from proofs import claims, enclosure, runner
 from proofs.backends import BACKENDS, with_dtypes
 from proofs.measure import accuracy_allowance
 from proofs.runner import Profile
+from proofs.subjects import Subject
 from tests.proofs import broken
 
 EFFORT = Profile("test", 20, shrink_budget=0)
@@ -44,6 +46,20 @@ SHARP: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "two_by_two_closed_form": _moved_by_a_limit,
 }
 """How to miss what each claim allows by a chosen number of allowances, in float64."""
+
+
+@pytest.mark.parametrize("name", ["adjoint_identity", "gradient_sums_vanish"])
+def test_a_gradient_may_miss_two_contracts(name: str) -> None:
+    def missing(units: float) -> Subject:
+        def vjp(logits: np.ndarray, grad: np.ndarray) -> np.ndarray:
+            gradient = reference.gradient(logits, grad, broken.NUM_ITERS)
+            gradient[:, 0, 0] += units * 2 * accuracy_allowance(logits, "float64") * np.linalg.norm(grad, axis=(-2, -1))
+            return gradient
+
+        return replace(broken.subject(broken.right, vjp=vjp), backend=with_dtypes(BACKENDS["numpy"], ["float64"]))
+
+    for units, verdict in ((0.25, "holds"), (4.0, "broken")):
+        assert runner.run_claim(claims.by_name(name), missing(units), EFFORT).verdict == verdict, units
 
 
 @pytest.mark.parametrize("name", sorted(SHARP))
