@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from dataclasses import asdict, dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
@@ -191,7 +192,7 @@ def sample_text(
     Returns
     -------
     str
-        Prompt and continuation; bytes that are not UTF-8 are replaced.
+        Prompt and continuation; bytes that are not UTF-8, and control characters, are replaced.
 
     Raises
     ------
@@ -214,7 +215,13 @@ def sample_text(
     model.eval()
     result = generate(model, tokens, min(num_bytes, room), temperature=temperature, top_k=top_k, generator=generator)
     model.train(was_training)
-    return bytes(result[0, 1:].tolist()).decode("utf-8", "replace")
+    text = bytes(result[0, 1:].tolist()).decode("utf-8", "replace")
+    return "".join("\N{REPLACEMENT CHARACTER}" if _is_control(character) else character for character in text)
+
+
+def _is_control(character: str) -> bool:
+    """Whether a terminal would obey a character instead of showing it."""
+    return unicodedata.category(character) == "Cc" and character not in "\n\r\t"
 
 
 def write_report(folder: Path, report: Report) -> None:

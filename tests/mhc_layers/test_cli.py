@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from mhc_layers.cli import _parse, main
 from mhc_layers.training.checkpoint import load_checkpoint
@@ -79,6 +80,15 @@ def test_generate_continues_the_prompt(runs, capsys):
     assert first.startswith("value_")
     assert main(words) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_text_holds_nothing_that_a_terminal_obeys(runs, monkeypatch, capsys):
+    def escapes(model, tokens, count, **options):
+        return torch.cat([tokens, torch.tensor([list(b"\x1b[2J\x07\nx")])], dim=1)
+
+    monkeypatch.setattr("mhc_layers.training.report.generate", escapes)
+    assert main(["generate", str(runs / "tiny_cpu-residual"), "--prompt", "p", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "p\ufffd[2J\ufffd\nx\n"
 
 
 @pytest.mark.parametrize("connection", ["mhc", "residual"])
