@@ -8,6 +8,7 @@ without the model around it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -212,13 +213,8 @@ def load_site(site: HyperConnection, tensors: SiteTensors) -> None:
         If the site is of another kind, or a shape does not fit.
     """
     require_mhc(site)
-    n = site.num_streams
-    if tensors.fn.shape != site.phi.shape or tensors.scale.shape != (3,):
-        raise ValueError(
-            f"The site has phi {tuple(site.phi.shape)} ({n} streams of {site.dim} channels) and three gates; got fn "
-            f"{tuple(tensors.fn.shape)} and scale {tuple(tensors.scale.shape)}."
-        )
-    phi, bias = convert_layout(tensors.fn, tensors.base, n, DEEPSEEK, layout_of(site.convention))
+    _check_shapes(site, tensors)
+    phi, bias = convert_layout(tensors.fn, tensors.base, site.num_streams, DEEPSEEK, layout_of(site.convention))
     site.phi.copy_(phi)
     site.bias.copy_(bias)
     for gate, value in zip((site.alpha_pre, site.alpha_post, site.alpha_res), tensors.scale.unbind(), strict=True):
@@ -232,6 +228,23 @@ def require_mhc(site: HyperConnection) -> None:
             f"Only sites of the kind 'mhc' without a res_map have DeepSeek's tensors; got {site.connection!r} with "
             f"res_map={site.res_map!r}."
         )
+
+
+def _check_shapes(target: HyperConnection | HyperHead, tensors: SiteTensors) -> None:
+    """Raise if tensors do not fit a site or a head."""
+    if isinstance(target, HyperHead):
+        what, own = "head", SiteTensors(target.fn, target.base, target.scale)
+    else:
+        require_mhc(target)
+        what = f"site ({target.num_streams} streams of {target.dim} channels)"
+        own = SiteTensors(target.phi, target.bias, target.phi.new_empty(3))
+    for part in PARTS:
+        wanted, got = tuple(getattr(own, part).shape), tuple(getattr(tensors, part).shape)
+        if wanted != got:
+            raise ValueError(
+                f"The {what} takes {part} of shape {wanted}, got {got}; the model must have the checkpoint's width and "
+                "number of streams."
+            )
 
 
 def connection_tensors(model: Transformer, naming: str = "deepseek") -> dict[str, Tensor]:
@@ -315,10 +328,19 @@ def named_tensors(source: str | Path | Mapping[str, Tensor], stems: tuple[str, .
     if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(f"No safetensors file at {path}; give a file or a folder that holds some.")
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with _whole_file(file), safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
                 if name.startswith(stems):
                     yield name, opened.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be read."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again.") from error
 
 
 def parse_name(name: str, naming: str) -> tuple[str, int, str] | None:
@@ -351,8 +373,9 @@ def load_connections(
 
     Raises
     ------
-    ValueError
-        If a layer of the model is missing in the source, or a shape does not fit.
+    FileNotFoundError, ValueError
+        As in :func:`read_connections`; and if a layer of the model is missing in the source, or a shape does not fit.
+        The model is then as it was.
     """
     grouped: dict[tuple[str, int], dict[str, Tensor]] = {}
     names: dict[tuple[str, int], list[str]] = {}
@@ -360,7 +383,6 @@ def load_connections(
         kind, layer, part = cast("tuple[str, int, str]", parse_name(name, naming))
         grouped.setdefault((kind, layer), {})[part] = tensor
         names.setdefault((kind, layer), []).append(name)
-    loaded = []
     targets: list[tuple[tuple[str, int], HyperConnection | HyperHead]] = [*placed_sites(model)]
     if isinstance(model.readout_streams, HyperHead):
         targets.append((("head", -1), model.readout_streams))
@@ -368,30 +390,36 @@ def load_connections(
         parts = grouped.get(key, {})
         if set(parts) != set(PARTS):
             raise ValueError(f"The source has {sorted(parts)} of {key[0]}, layer {key[1]}; needed: {', '.join(PARTS)}.")
-        tensors = SiteTensors(**parts)
+        _check_shapes(target, SiteTensors(**parts))
+    for key, target in targets:
+        tensors = SiteTensors(**grouped[key])
         if isinstance(target, HyperHead):
             load_head(target, tensors)
         else:
             load_site(target, tensors)
-        loaded += names[key]
-    return loaded
+    return [name for key, _ in targets for name in names[key]]
 
 
 @torch.no_grad()
 def load_head(head: HyperHead, tensors: SiteTensors) -> None:
     """Copy ``fn [n, n C]``, ``base [n]``, ``scale [1]`` into a head."""
+    _check_shapes(head, tensors)
     for part in PARTS:
-        own, other = getattr(head, part), getattr(tensors, part)
-        if own.shape != other.shape:
-            raise ValueError(f"The head's {part} has shape {tuple(own.shape)}, got {tuple(other.shape)}.")
-        own.copy_(other)
+        getattr(head, part).copy_(getattr(tensors, part))
 
 
 def save_connections(model: Transformer, path: str | Path, naming: str = "deepseek") -> None:
     """Write all connection tensors of a model to one safetensors file, see :func:`connection_tensors`."""
     tensors = connection_tensors(model, naming)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(path))
+    _write(tensors, Path(path))
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written ({error}); make room, or choose another path") from error
 
 
 def save_model(model: Transformer, folder: str | Path) -> None:
@@ -401,7 +429,7 @@ def save_model(model: Transformer, folder: str | Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del state["head.weight"]
-    save_file(state, folder / "model.safetensors")
+    _write(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
@@ -412,10 +440,13 @@ def load_model(folder: str | Path) -> Transformer:
     ------
     FileNotFoundError
         If the folder lacks one of the two files.
+    ValueError
+        If one of them is cut short, or is of another version.
     """
     folder = Path(folder)
     model = Transformer(TransformerConfig.from_dict(json.loads((folder / "config.json").read_text())))
-    state = load_file(folder / "model.safetensors")
+    with _whole_file(folder / "model.safetensors"):
+        state = load_file(folder / "model.safetensors")
     if model.config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     model.to(state["embedding.weight"].dtype)  # a model that was saved in bfloat16 is loaded in bfloat16

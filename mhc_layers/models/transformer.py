@@ -216,6 +216,10 @@ class Transformer(nn.Module):
 
     def run(self, tokens: Tensor, caches: Sequence[LayerCache] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the logits and the weighted auxiliary loss (None for a dense model) of tokens ``(B, T)``."""
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TypeError(
+                f"Tokens must be integers below vocab_size, got {tokens.dtype}; tokens.long() converts them."
+            )
         if tokens.dim() != 2:
             raise ValueError(
                 f"Tokens must have shape (B, T), got {tuple(tokens.shape)}; tokens[None] adds a batch axis."
@@ -248,13 +252,26 @@ class Transformer(nn.Module):
 
         Raises
         ------
+        TypeError
+            If ``tokens`` are not integers.
         ValueError
             If ``tokens`` are not ``(B, T)``, or more than ``max_seq_len`` with those of the caches.
         """
         return self.run(tokens, caches)[0]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (the training loss, the mean cross-entropy in nats); they differ by the auxiliary loss."""
+        """Return (the training loss, the mean cross-entropy in nats); they differ by the auxiliary loss.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``tokens`` are not integers ``(B, T)``, or ``targets`` have another shape.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"Targets must have the shape of the tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}; they "
+                "are the tokens one step later."
+            )
         logits, aux_loss = self.run(tokens)
         cross_entropy = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
         return (cross_entropy if aux_loss is None else cross_entropy + aux_loss), cross_entropy

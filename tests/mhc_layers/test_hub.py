@@ -128,8 +128,36 @@ def test_missing_things(tmp_path):
     del tensors["layers.1.hc_ffn_scale"]
     with pytest.raises(ValueError, match=r"\['base', 'fn'\] of feed_forward, layer 1"):
         hub.load_connections(model, tensors)
-    with pytest.raises(ValueError, match="head's fn has shape"):
+    with pytest.raises(ValueError, match="The head takes fn of shape"):
         hub.load_head(model.readout_streams, SiteTensors(torch.zeros(4, 4), torch.zeros(4), torch.zeros(1)))
+
+
+@pytest.mark.parametrize("spoil", ["hc_head_base", "layers.1.hc_ffn_base", "layers.1.hc_ffn_scale"])
+def test_a_load_that_fails_changes_nothing(spoil):
+    model, tensors = (
+        build(convention="deepseek_v4"),
+        hub.connection_tensors(randomised(build(convention="deepseek_v4"))),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"takes {spoil.rpartition('_')[2]} of shape .* got \(7,\)"):
+        hub.load_connections(model, tensors | {spoil: torch.zeros(7)})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_files_that_are_cut_or_cannot_be_written_are_named(tmp_path):
+    model = build(convention="deepseek_v4")
+    hub.save_connections(model, tmp_path / "hc.safetensors")
+    hub.save_model(model, tmp_path / "model")
+    for path, load in (
+        (tmp_path / "hc.safetensors", lambda path: hub.load_connections(model, path)),
+        (tmp_path / "model" / "model.safetensors", lambda path: hub.load_model(path.parent)),
+    ):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match=f"{path.name} is not a whole safetensors file"):
+            load(path)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"folder.safetensors can't be written"):
+        hub.save_connections(model, tmp_path / "folder.safetensors")
 
 
 @pytest.mark.parametrize("changes", [{}, {"connection": "hc"}, {"convention": "deepseek_v4", "tie_embeddings": False}])

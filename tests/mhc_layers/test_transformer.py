@@ -305,9 +305,14 @@ def test_mixture_of_experts_adds_its_loss():
     assert build().run(tokens())[1] is None
 
 
-def test_too_long():
+def test_what_is_no_input():
+    model = build()
+    with pytest.raises(TypeError, match=r"integers below vocab_size, got torch.float32"):
+        model(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"shape of the tokens, \(1, 3\), got \(1, 4\)"):
+        model.loss(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="max_seq_len is 32"):
-        build()(tokens(1, 33))
+        model(tokens(1, 33))
 
 
 def test_meta_device_initialisation():
