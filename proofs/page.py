@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from proofs import claims, docstrings, theorems
+from proofs import claims, docstrings, report, theorems
 from proofs._claim import Claim
 from proofs.properties import PROPERTIES
-from proofs.report import OWN
 
 __all__ = ["main", "render", "render_measured", "render_report", "render_theorems"]
 
@@ -188,7 +186,7 @@ def render_measured(paths: Sequence[Path]) -> str:
     latest: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = report.load(path)
         for record in document["outcomes"]:
             backend = _backend(record)
             known = latest.setdefault(backend, {})
@@ -207,7 +205,7 @@ def render_measured(paths: Sequence[Path]) -> str:
 
 def render_report(path: Path) -> str:
     """Return what one report of ``python -m proofs --json`` holds: a table of backends, and a row for each claim."""
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = report.load(path)
     records, settings = document["outcomes"], document["settings"]
     verdicts = collections.Counter(record["verdict"] for record in records)
     backends = list(dict.fromkeys(_backend(record) for record in records))
@@ -285,7 +283,7 @@ def _by_family(found: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[
     broken = [record for record in tried if record["verdict"] == "broken"]
     left = sum(record["verdict"] == "not tried" for record in found)
     counts = f"{len(tried) - len(broken)} hold, {len(broken)} broken" + (f", {left} not tried" if left else "")
-    versions = {name: text for name, text in runs[-1]["versions"].items() if name in (*_SHOWN, *OWN)}
+    versions = {name: text for name, text in runs[-1]["versions"].items() if name in (*_SHOWN, *report.OWN)}
     spent = ", then ".join(_spent(document) for document in runs)
     lines = [
         f"{counts}; {sum(r['examples'] for r in tried):,} matrices in "
@@ -337,12 +335,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--theorems", action="store_true", help="write the statements of the theorems instead")
     parser.add_argument("--report", type=Path, metavar="JSON", help="write what this one report holds, claim by claim")
     options = parser.parse_args(arguments)
-    if options.report:
-        text = render_report(options.report)
-    elif options.measured:
-        text = render_measured(options.measured)
-    else:
-        text = render_theorems() if options.theorems else render()
+    try:
+        if options.report:
+            text = render_report(options.report)
+        elif options.measured:
+            text = render_measured(options.measured)
+        else:
+            text = render_theorems() if options.theorems else render()
+    except ValueError as error:  # a file that is no report
+        parser.error(str(error))
     options.page.write_text(text, encoding="utf-8")
     return 0
 

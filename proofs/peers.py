@@ -135,7 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profiles: dict[str, str] = {}
     packages = {peer.function: peer.package for peer in adapters.PEERS}
     for path in options.add:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            document = report.load(path)
+        except ValueError as error:
+            parser.error(str(error))
         name = str(document["settings"]["projection"]).rpartition(":")[2]
         if name not in packages:
             parser.error(f"{path} is a report of {name}, which is none of {', '.join(packages)}")

@@ -29,6 +29,7 @@ __all__ = [
     "as_record",
     "describe",
     "explain",
+    "load",
     "load_failures",
     "print_failures",
     "print_table",
@@ -203,20 +204,32 @@ def write_json(path: Path, outcomes: Sequence[Outcome], facts: dict[str, Any]) -
     part.replace(path)
 
 
-def load_failures(path: Path) -> tuple[dict[str, Any], list[tuple[str, str, Sample]]]:
-    """Return the settings of a JSON report and its failing examples: (claim, subject, sample)."""
+def load(path: Path) -> dict[str, Any]:
+    """Return what :func:`write_json` wrote; ``ValueError`` names a file that it did not write."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"settings", "versions", "outcomes"} - set(document)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a report of python -m proofs --json ({type(error).__name__}: {error})"
+        ) from error
+    if missing:
+        raise ValueError(f"{path} is not a report of python -m proofs --json (it has no {', '.join(sorted(missing))})")
+    return dict(document)
+
+
+def load_failures(path: Path) -> tuple[dict[str, Any], list[tuple[str, str, Sample]]]:
+    """Return the settings of a JSON report and its failing examples: (claim, subject, sample)."""
+    document = load(path)
+    try:
         failing = [
             (record["claim"], record["subject"], Sample.from_record(record["failing"]))
             for record in document["outcomes"]
             if record["failing"] is not None
         ]
         return document["settings"], failing
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a report of python -m proofs --json ({type(error).__name__}: {error})"
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a report of this version ({type(error).__name__}: {error})") from error
 
 
 def write_junit(path: Path, outcomes: Sequence[Outcome]) -> None:

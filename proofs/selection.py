@@ -55,9 +55,9 @@ class Selection:
                     dtypes=self.dtypes,
                     sizes=self.sizes,
                 )
-                for name in self.backends or ("numpy",)
+                for name in dict.fromkeys(self.backends or ("numpy",))
             ]
-        names = self.backends or installed_backends()
+        names = list(dict.fromkeys(self.backends or installed_backends()))
         found: list[Any] = list(subjects.builtin_subjects(names, self.solvers))
         if self.solvers is None:
             found.extend(systems.builtin_systems(names))

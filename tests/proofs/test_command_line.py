@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from proofs import page, pool, runner
+from proofs import page, peers, pool, runner
 from proofs.__main__ import main
 from proofs._claim import Claim
 from proofs.backends import BACKENDS
@@ -83,8 +84,8 @@ def test_reports_can_be_read_back_and_replayed(tmp_path: Path, capsys: pytest.Ca
     [
         ({"claim": "sums_to_one"}, "is of another version: this one makes no claim 'sums_to_one'"),
         ({"failing": {"logits": [[["not a number"]]], "shape": [1, 1, 1], "dtype": "float64", "seed": 0, "note": ""}},
-         "is not a report"),
-        ({"failing": {"logits": [[["0x0p0"]]], "shape": [1, 1, 1]}}, "is not a report"),
+         "is not a report of this version"),
+        ({"failing": {"logits": [[["0x0p0"]]], "shape": [1, 1, 1]}}, "is not a report of this version"),
     ],
 )  # fmt: skip
 def test_a_report_of_another_version_is_named(
@@ -99,6 +100,31 @@ def test_a_report_of_another_version_is_named(
     assert main(["--replay", str(report)]) == 2
     said = " ".join(capsys.readouterr().out.split())
     assert message in said and "out.json" in said
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: page.main(["out.md", "--report", path]),
+        lambda path: page.main(["out.md", "--measured", path]),
+        lambda path: peers.main(["out.md", "--add", path]),
+    ],
+)
+@pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"outcomes": []}'])
+def test_pages_refuse_what_is_no_report(
+    make: Callable[[str], int], text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        make(str(path))
+    assert "is not a report of python -m proofs --json" in capsys.readouterr().err
+
+
+def test_a_backend_that_is_named_twice_is_tried_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--projection", RIGHT, *FEW, "--backend", "numpy", "--backend", "numpy", "--detail"]) == 0
+    assert "2 hold, 0 broken" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_reports_what_it_saw(
