@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Generic, TypeVar
 
-__all__ = ["PROJECTIONS", "Facts", "Refusal", "Resolution", "Row", "Table", "installed", "load"]
+__all__ = ["PROJECTIONS", "Facts", "Refusal", "Resolution", "Row", "Table", "installed", "load", "no_cuda_compiler"]
 
 F = TypeVar("F")
 
@@ -166,7 +166,8 @@ def _no_triton() -> str | None:
     return None if installed("triton") else "the package triton is not installed"
 
 
-def _no_cuda_compiler() -> str | None:
+def no_cuda_compiler() -> str | None:
+    """Why CUDA C++ cannot be compiled here, or None if it can."""
     available = load("birkhoff.kernels.cuda.compiler:available")
     return None if available() else "needs cupy or cuda-bindings to compile CUDA C++"
 
@@ -180,7 +181,7 @@ PROJECTIONS: Table[Facts] = Table(
                 "forward": "birkhoff.kernels.cuda.sinkhorn:sinkhorn_forward",
                 "backward": "birkhoff.kernels.cuda.sinkhorn:sinkhorn_backward",
             },
-            refuse=_fused(("torch", "cupy"), _no_cuda_compiler, 32),
+            refuse=_fused(("torch", "cupy"), no_cuda_compiler, 32),
             note="fused CUDA C++ kernel, compiled at run time",
         ),
         Row(

@@ -21,7 +21,7 @@ import numpy as np
 
 from birkhoff import _math, _xp
 from birkhoff._checks import iteration_options, square_matrices
-from birkhoff._registry import Row, Table, installed
+from birkhoff._registry import Row, Table, no_cuda_compiler
 from birkhoff._result import Projection, Status
 from birkhoff.errors import ProjectionError
 from birkhoff.precision import unit_roundoff
@@ -49,13 +49,13 @@ class PassFacts:
 
 def _refuse_fused(facts: PassFacts) -> str | None:
     largest = {"float32": 16384, "float64": 8192}[facts.dtype]
-    checks = (
-        (facts.device == "cuda", f"needs a CUDA device, got {facts.device}"),
-        (facts.library in ("torch", "cupy"), f"serves arrays of torch and cupy, got {facts.library}"),
-        (installed("cupy") or installed("cuda"), "needs cupy or cuda-bindings to compile"),
-        (facts.n <= largest, f"keeps a row in registers up to n = {largest} in {facts.dtype}, got n = {facts.n}"),
-    )
-    return next((reason for holds, reason in checks if not holds), None)
+    if facts.device != "cuda":
+        return f"needs a CUDA device, got {facts.device}"
+    if facts.library not in ("torch", "cupy"):
+        return f"serves arrays of torch and cupy, got {facts.library}"
+    if facts.n > largest:
+        return f"keeps a row in registers up to n = {largest} in {facts.dtype}, got n = {facts.n}"
+    return no_cuda_compiler()
 
 
 PASSES: Table[PassFacts] = Table(

@@ -15,10 +15,7 @@ import numpy as np
 from birkhoff.kernels.cuda import compiler
 from birkhoff.kernels.cuda.sinkhorn import device_index, multiprocessors
 
-__all__ = ["LARGEST", "scaling_passes"]
-
-#: Largest n by dtype: a thread's columns must fit in its registers.
-LARGEST = {"float32": 16384, "float64": 8192}
+__all__ = ["scaling_passes"]
 
 #: Shared memory of a block that is not for rows: the kernel's own, and some for the driver.
 _OTHER_SHARED_BYTES = 7 * 1024
