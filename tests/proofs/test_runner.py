@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from proofs import claims, pool, runner
-from proofs._claim import Observation, Sample, worst
+from proofs._claim import Observation, Sample, same_bits, worst
 from proofs.backends import Backend
 from proofs.runner import PROFILES, Profile
 from proofs.selection import Selection
@@ -38,6 +38,14 @@ def test_worst_finds_the_item() -> None:
     seen[1, 0] = np.nan
     assert worst(seen, 10.0).item == 1 and not worst(seen, 10.0).holds
     assert worst(np.zeros((0, 3)), 1.0).holds
+
+
+def test_the_same_bits_are_more_than_equal_numbers() -> None:
+    one = np.array([[0.0, np.nan], [1.0, np.inf]])
+    assert same_bits(one, one.copy(), "").holds
+    assert not same_bits(one, -one, "").holds
+    assert not same_bits(one, np.where(one == 0, -0.0, one), "").holds
+    assert not same_bits(one, np.nan_to_num(one), "").holds
 
 
 def test_an_exception_is_a_breach_with_its_text() -> None:
