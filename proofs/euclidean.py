@@ -92,7 +92,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="euclidean_is_nearest",
         statement="<G - P, V - P> <= n (1 + max |G|) t for every permutation matrix V: up to that, no doubly "
         "stochastic matrix is nearer to G than P.",
-        domain="logits up to range 1e2, n <= 4",
+        domain="logits up to range 1e2, n <= 4; t as in euclidean_is_doubly_stochastic",
         method="all n! permutations, of which every doubly stochastic matrix is a mixture",
         lemma="bvn_step",
         lemmas=("dstoch_perm",),
@@ -107,7 +107,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="euclidean_is_nonexpansive",
         statement="|f(X) - f(Y)|_F <= |X - Y|_F + 4 n (t(X) + t(Y)).",
         reference="projections on convex sets are 1-Lipschitz",
-        domain="logits up to range 1e2, Gaussian differences",
+        domain="logits up to range 1e2, Gaussian differences; t as in euclidean_is_doubly_stochastic",
         method="Frobenius norms",
         samples=lambda subject: strategies.samples(
             generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
@@ -119,7 +119,7 @@ CLAIMS: tuple[Claim, ...] = (
     _claim(
         name="euclidean_is_idempotent",
         statement="f(f(X)) = f(X) within 4 n t.",
-        domain="logits up to range 1e2, n <= 8",
+        domain="logits up to range 1e2, n <= 8; t as in euclidean_is_doubly_stochastic",
         method="largest entry of the difference",
         samples=lambda subject: strategies.samples(
             generators=_DOMAIN, scales=_SCALES, sizes=(2, 3, 4, 8), dtypes=subject.backend.dtypes
