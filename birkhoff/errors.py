@@ -26,7 +26,7 @@ class BirkhoffError(Exception):
 
 
 class ArrayTypeError(BirkhoffError, TypeError):
-    """The argument is not an array, or arrays of different libraries or devices were mixed.
+    """The argument is not an array, or arrays of different libraries were mixed.
 
     Try: ``numpy.asarray`` (or ``torch.as_tensor``, ``cupy.asarray``) first; convert all arguments to one library.
     """
