@@ -34,6 +34,7 @@ from benchmarks.report import (
     add_options,
     command,
     finish,
+    positive,
     rendered,
     seconds_to_compile,
     write,
@@ -491,7 +492,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=list(devices), default="cpu", help="run the cases of this device")
     parser.add_argument("--cases", nargs="+", help="only titles that contain one of these")
     parser.add_argument("--names", nargs="+", help="only contestants whose name contains one of these")
-    parser.add_argument("--threads", type=int, help="threads of torch (NumPy reads OMP_NUM_THREADS)")
+    parser.add_argument("--threads", type=positive, help="threads of torch (NumPy reads OMP_NUM_THREADS)")
     add_compile_options(parser)
     add_options(parser)
     arguments = parser.parse_args(argv)

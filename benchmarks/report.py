@@ -23,6 +23,7 @@ __all__ = [
     "command",
     "finish",
     "measured_on",
+    "positive",
     "provenance",
     "rendered",
     "save_figure",
@@ -73,6 +74,14 @@ def measured_on(about: dict[str, Any]) -> str:
         f"{about['date']}, {about['device']}, CUDA {about['cuda']}, Python {about['python']}, {versions}; commit "
         f"{about['commit']}"
     )
+
+
+def positive(text: str) -> int:
+    """An option's integer of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ from benchmarks.report import (
     add_options,
     command,
     finish,
+    positive,
     rendered,
     seconds_to_compile,
     survives,
@@ -274,10 +275,10 @@ def run(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__.splitlines()[0])
     names = [variant.name for variant in VARIANTS]
-    parser.add_argument("--dims", type=int, nargs="+", default=[4096, 2048])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--sequence", type=int, default=4096)
+    parser.add_argument("--dims", type=positive, nargs="+", default=[4096, 2048])
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--batch", type=positive, default=2)
+    parser.add_argument("--sequence", type=positive, default=4096)
     parser.add_argument("--names", nargs="+", choices=names, default=names, help="only these connections")
     parser.add_argument("--no-graph", action="store_true", help="time steps as called only")
     add_compile_options(parser)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 import birkhoff
-from benchmarks.report import Deadline, add_options, command, finish, rendered, survives, table, write
+from benchmarks.report import Deadline, add_options, command, finish, positive, rendered, survives, table, write
 from benchmarks.timing import host_machine, time_host
 from birkhoff.solvers import Newton, SinkhornKnopp, SinkhornLog
 
@@ -174,9 +174,9 @@ def main(argv: list[str]) -> int:
     """Run ``python -m benchmarks which_solver``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks which_solver", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 64])
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--stds", type=float, nargs="+", default=[1.0, 3.0, 10.0, 30.0])
-    parser.add_argument("--entries", type=int, help="entries of a batch (default 2^18, on a GPU 2^22)")
+    parser.add_argument("--entries", type=positive, help="entries of a batch (default 2^18, on a GPU 2^22)")
     add_options(parser)
     arguments = parser.parse_args(argv)
     if rendered(arguments, markdown, None):

@@ -35,6 +35,17 @@ def test_what_cannot_be_done_is_said_in_one_line(words, message, tmp_path, monke
     assert message in error and error.startswith(f"python -m benchmarks {words[0]}: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words", [["which_solver", "--sizes", "0"], ["projection", "--threads", "-1"], ["training", "--layers", "0"]]
+)
+def test_numbers_out_of_range_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert (
+        error.value.code == 2 and f"argument {words[1]}: must be 1 or more, got {words[2]}" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("subject", ["projection", "layer", "training", "which_solver"])
 def test_a_benchmark_of_the_gpu_asks_for_one(subject, monkeypatch, capsys):
     torch = pytest.importorskip("torch")
