@@ -16,7 +16,8 @@ from birkhoff import reference
 
 SMALL = Case(3, 40)
 REPORTS = Path(projection.__file__).parent / "reports"
-COMMITTED = sorted(path for path in REPORTS.glob("*.json") if not path.name.startswith("claims"))
+COMMITTED = sorted(path for path in REPORTS.glob("*.json") if not path.name.startswith(("claims", "certificates")))
+"""Reports of benchmarks; the others are of ``python -m proofs``."""
 
 
 def timer(calls: Any) -> dict[str, Any]:
