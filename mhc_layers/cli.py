@@ -7,6 +7,7 @@ configuration, and every field of it can be changed by its path, such as ``--opt
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import sys
 from collections.abc import Sequence
@@ -368,12 +369,12 @@ def _with_derived_sizes(arguments: list[str], model: TransformerConfig) -> list[
 
 
 def _explained(error: Exception) -> str:
-    """The message; for one of the operating system, which names a path and no remedy, a sentence."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return (
-            f"{error.filename} can't be read or written ({error.strerror}); give another path, or change what is there"
-        )
-    return str(error)
+    """The message; for one of the operating system, which names no remedy and a path at best, a sentence."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    what = error.filename or "a file"
+    remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another path"
+    return f"{what} can't be read or written ({error.strerror}); {remedy}, or change what is there"
 
 
 def _escaped(text: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 
 from mhc_layers.cli import _parse, main
 from mhc_layers.training.checkpoint import load_checkpoint
+from mhc_layers.training.metrics import MetricsLog
 from tests.mhc_layers.training_cases import write_text
 
 TINY = [
@@ -169,6 +172,23 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_line(text, tmp_pa
     assert main(["train", "--data", str(text), "--out", str(tmp_path / "file" / "run"), *TINY]) == 1
     captured = capsys.readouterr().err
     assert "Traceback" not in captured and "file/run can't be read or written (Not a directory)" in captured
+
+
+def test_a_full_disk_says_so_and_leaves_the_checkpoints(text, tmp_path, monkeypatch, capsys):
+    folder, write = tmp_path / "run", MetricsLog.write
+
+    def fills_up(log, kind, step, **values):
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(log, kind, step, **values)
+
+    monkeypatch.setattr(MetricsLog, "write", fills_up)
+    words = ["train", "--data", str(text), "--out", str(folder), *TINY, "--checkpoint.every", "2"]
+    assert main(words) == 1
+    assert "a file can't be read or written (No space left on device); make room" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert load_checkpoint(folder).step == 4
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_not_said_to_continue(text, tmp_path, capsys):
