@@ -8,8 +8,9 @@ import numpy as np
 
 from birkhoff import _xp
 from birkhoff._checks import as_count, as_real, square_matrices
-from birkhoff.errors import DtypeError, MissingPackageError, NonFiniteError, OptionError, ShapeError
+from birkhoff.errors import DtypeError, NonFiniteError, OptionError, ShapeError
 from birkhoff.rounding import round_to_polytope
+from birkhoff.support import require_scipy
 
 __all__ = ["decompose", "recompose", "round_to_polytope"]
 
@@ -163,11 +164,7 @@ def _peel(matrix: np.ndarray, tol: float, max_terms: int | None) -> tuple[np.nda
 
 def _bottleneck_permutation(matrix: np.ndarray) -> np.ndarray | None:
     """The permutation inside the support whose smallest entry is largest, by bisection over the entries."""
-    try:
-        from scipy import sparse
-        from scipy.sparse.csgraph import maximum_bipartite_matching
-    except ImportError as error:
-        raise MissingPackageError("scipy", needed_by="decompose") from error
+    sparse, csgraph = require_scipy("decompose")
     levels = np.unique(matrix[matrix > 0])
     best: np.ndarray | None = None
     low, high = 0, len(levels) - 1
@@ -176,7 +173,7 @@ def _bottleneck_permutation(matrix: np.ndarray) -> np.ndarray | None:
         high = int(np.searchsorted(levels, cap, side="right")) - 1
     middle = high
     while low <= high:
-        columns = maximum_bipartite_matching(sparse.csr_array(matrix >= levels[middle]), perm_type="column")
+        columns = csgraph.maximum_bipartite_matching(sparse.csr_array(matrix >= levels[middle]), perm_type="column")
         if (columns >= 0).all():
             best, low = columns.astype(np.int64), middle + 1
         else:

@@ -18,7 +18,7 @@ from birkhoff._checks import iteration_options
 from birkhoff._result import Projection, Status
 from birkhoff.errors import ArrayTypeError, DtypeError, OptionError, ProjectionError, ShapeError
 from birkhoff.precision import unit_roundoff
-from birkhoff.support import Support, sparse_total_support
+from birkhoff.support import Support, require_scipy, sparse_total_support
 
 __all__ = ["project_sparse"]
 
@@ -127,8 +127,7 @@ def _as_csr(matrix: Any) -> tuple[Any, Any]:
 
 def _diagnosed(csr: Any, logits: Any, xp: Any, restrict: bool) -> tuple[Any, Any, Support]:
     """The support of the positive entries; with ``restrict``, the matrix cut down to its total support."""
-    from scipy import sparse
-
+    sparse, _ = require_scipy("project_sparse")
     host = [_xp.to_numpy(part) for part in (logits, csr.indices, csr.indptr)]
     pattern = sparse.csr_array(((host[0] != -np.inf).astype(np.int8), host[1], host[2]), shape=csr.shape)
     support, kept = sparse_total_support(pattern)

@@ -119,6 +119,8 @@ def sparse_total_support(matrix: Any) -> tuple[Support, Any]:
     ------
     MissingPackageError
         If SciPy is not installed.
+    ShapeError
+        If the matrix is not square.
 
     Notes
     -----
@@ -132,11 +134,10 @@ def sparse_total_support(matrix: Any) -> tuple[Support, Any]:
     >>> support.name, kept
     ('partial', array([ True, False,  True]))
     """
-    try:
-        from scipy import sparse
-        from scipy.sparse import csgraph
-    except ImportError as error:
-        raise MissingPackageError("scipy", needed_by="the support diagnosis of sparse matrices") from error
+    sparse, csgraph = require_scipy("the support diagnosis of sparse matrices")
+    shape = tuple(matrix.shape)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ShapeError(f"matrix must have shape (n, n), got {shape}")
     rows = sparse.csr_array(matrix)
     n = rows.shape[0]
     stored = rows.data != 0
@@ -154,6 +155,16 @@ def sparse_total_support(matrix: Any) -> tuple[Support, Any]:
     component = csgraph.connected_components(graph, directed=True, connection="strong")[1]
     kept = stored & (component[row_of] == component[heads])
     return (Support.total if (kept == stored).all() else Support.partial), kept
+
+
+def require_scipy(needed_by: str) -> tuple[Any, Any]:
+    """``scipy.sparse`` and its ``csgraph``, or :class:`MissingPackageError`."""
+    try:
+        from scipy import sparse
+        from scipy.sparse import csgraph
+    except ImportError as error:
+        raise MissingPackageError("scipy", needed_by=needed_by) from error
+    return sparse, csgraph
 
 
 def _host_patterns(pattern: Any) -> tuple[np.ndarray, tuple[int, ...]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
 import scipy.sparse as sparse
 
 import birkhoff
-from birkhoff.errors import ShapeError
+from birkhoff.errors import MissingPackageError, ShapeError
+from birkhoff.sparse import project_sparse
 from birkhoff.support import Support, diagnose_support, sparse_total_support, total_support_pattern
 from tests.backends import BACKENDS, Backend
 
@@ -103,3 +105,18 @@ def test_empty_and_misuse() -> None:
     np.testing.assert_array_equal(diagnose_support(np.ones((2, 0, 0))), [Support.total, Support.total])
     with pytest.raises(ShapeError, match="n, n"):
         diagnose_support(np.ones((2, 3)))
+    with pytest.raises(ShapeError, match=r"\(n, n\), got \(2, 3\)"):
+        sparse_total_support(sparse.csr_array(np.ones((2, 3))))
+
+
+def test_what_needs_scipy_says_so_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = sparse.csr_array(np.ones((2, 2)))
+    for module in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    for call in (
+        lambda: sparse_total_support(matrix),
+        lambda: project_sparse(matrix),
+        lambda: birkhoff.decompose(np.full((2, 2), 0.5)),
+    ):
+        with pytest.raises(MissingPackageError, match="pip install scipy"):
+            call()
