@@ -110,12 +110,24 @@ def test_empty_and_misuse() -> None:
 
 
 def test_what_needs_scipy_says_so_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = sparse.csr_array(np.ones((2, 2)))
+    class Foreign:
+        """A sparse matrix of a library that is not SciPy, as CuPy's are."""
+
+        shape, nnz = (2, 2), 4
+        data, indices, indptr = np.ones(4), np.array([0, 1, 0, 1]), np.array([0, 2, 4])
+        dtype = data.dtype
+
+        def tocsr(self, copy: bool) -> Foreign:
+            return self
+
+        def sum_duplicates(self) -> None:
+            """There are none."""
+
     for module in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
         monkeypatch.setitem(sys.modules, module, None)
     for call in (
-        lambda: sparse_total_support(matrix),
-        lambda: project_sparse(matrix),
+        lambda: sparse_total_support(np.ones((2, 2))),
+        lambda: project_sparse(Foreign()),
         lambda: birkhoff.decompose(np.full((2, 2), 0.5)),
     ):
         with pytest.raises(MissingPackageError, match="pip install scipy"):
