@@ -5,10 +5,8 @@ table chooses; they are opaque to the compiler, visible to checkpointing policie
 ``autograd.Function`` carries the mathematics: the vector-Jacobian product, its own derivative (double backward),
 forward mode, and ``vmap``. Second-order rules are plain differentiable array calls, so every higher order exists.
 
-Two operators have a first gradient of their own, for where the compiler meets them bare: it takes a Function under
-``vmap`` apart, and counts that follow from a tolerance can be read by nothing but an operator while it traces.
-
-Forward mode is left out while compiling: the compiler refuses a Function that defines it.
+While compiling, forward mode is left out: the compiler refuses a Function that defines it. It also takes a Function
+under ``vmap`` apart, so the operators that then stand bare have a first gradient of their own.
 """
 
 from __future__ import annotations
@@ -376,14 +374,16 @@ class _Tolerance(torch.autograd.Function):
         return _Tolerance._moved(ctx, grad_matrix, False), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        return _Tolerance._moved(ctx, tangent, True), None
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, plan: Plan, adjoint: Implicit | None) -> Any:
         (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
-        matrix, counts = _Tolerance.apply(logits, plan, adjoint)
+        matrix, counts = _pick(_Tolerance, _ToleranceForwardMode).apply(logits, plan, adjoint)
         return (join(matrix), join(counts)), (0, 0)
+
+
+class _ToleranceForwardMode(_Tolerance):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+        return _Tolerance._moved(ctx, tangent, True), None
 
 
 class _ByCounts(torch.autograd.Function):
@@ -438,11 +438,9 @@ def _nested_forward_mode() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
-def _is_mapped(stack: Tensor) -> bool:
-    """Whether ``vmap`` or a mesh of devices holds an axis of the tensor, so that no count can be read from it."""
-    if torch.compiler.is_compiling():
-        return False
-    if hasattr(stack, "placements"):  # a DTensor
+def _counts_are_hidden(stack: Tensor) -> bool:
+    """Whether a tracer, ``vmap`` or a mesh of devices holds the values, so that no count can be read from them."""
+    if torch.compiler.is_compiling() or hasattr(stack, "placements"):  # a DTensor
         return True
     while torch._C._functorch.is_functorch_wrapped_tensor(stack):
         if torch._C._functorch.is_batchedtensor(stack):
@@ -508,10 +506,8 @@ def to_tolerance(
     if _converges(solver):
         return _solve(stack, solver, precision)
     plan = _plan(stack, solver, precision)
-    if _is_mapped(stack):
-        return _Tolerance.apply(stack, plan, adjoint)
-    if torch.compiler.is_compiling() and adjoint is None:
-        return torch.ops.birkhoff.solve_forward(stack, *_schema(plan))
+    if _counts_are_hidden(stack):
+        return _pick(_Tolerance, _ToleranceForwardMode).apply(stack, plan, adjoint)
     with torch.no_grad():
         matrix, counts = torch.ops.birkhoff.solve_forward(stack.detach(), *_schema(plan))
     if (torch.is_grad_enabled() and stack.requires_grad) or torch.autograd.forward_ad._current_level >= 0:

@@ -174,18 +174,26 @@ def test_opcheck(op: str, watched: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.birkhoff, op).default, (*stacks, *plan))
 
 
-@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(
-    "solver", [SinkhornKnopp(num_iters=9), SinkhornKnopp(num_iters=60, tol=1e-6), Newton()], ids=to_text
+    ("solver", "mapped", "adjoint"),
+    [
+        (SinkhornKnopp(num_iters=9), True, None),
+        (SinkhornKnopp(num_iters=60, tol=1e-6), False, None),
+        (SinkhornKnopp(num_iters=60, tol=1e-6), False, Implicit(bound=1e-7)),
+        (SinkhornKnopp(num_iters=60, tol=1e-6), True, None),
+        (Newton(), True, None),
+    ],
+    ids=str,
 )
-def test_gradients_where_the_compiler_meets_an_operator_bare(solver: Any, mapped: bool) -> None:
-    """Under ``vmap``, whose Functions it takes apart, and with a tolerance, whose counts it cannot read."""
+def test_compiled_gradients_under_vmap_and_to_a_tolerance(solver: Any, mapped: bool, adjoint: Any) -> None:
+    """The compiler takes a Function under ``vmap`` apart, and cannot read the counts that a tolerance gives."""
     torch._dynamo.reset()
-    function = vmap(project(solver)) if mapped else project(solver)
+    eager = project(solver, adjoint=adjoint)
+    function = vmap(eager) if mapped else eager
     x, weight = torch.cat([logits(2, 3, 3, scale=0.2), logits(2, 3, 3)]).requires_grad_(), logits(4, 3, 3, seed=1)
     compiled = torch.compile(lambda x: function(x) * weight, fullgraph=True, backend="aot_eager")
     (got,) = torch.autograd.grad(compiled(x).sum(), x)
-    torch.testing.assert_close(got, torch.autograd.grad(project(solver)(x), x, weight)[0])
+    torch.testing.assert_close(got, torch.autograd.grad(eager(x), x, weight)[0])
     torch._dynamo.reset()
 
 
