@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E402
 
 import birkhoff  # noqa: E402
-import birkhoff._torch_ops  # noqa: E402, F401  registers the operators, which a first call would
+import birkhoff._torch_ops  # noqa: E402  registers the operators, which a first call would
 import birkhoff.diagnostics  # noqa: E402
 from birkhoff import reference  # noqa: E402
 from birkhoff.adjoints import Implicit, Unrolled  # noqa: E402
