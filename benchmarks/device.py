@@ -38,13 +38,15 @@ _SLOW_MS = 20.0
 class Times:
     """Microseconds of one call: as the caller sees it, and in a CUDA graph (None if it cannot be captured).
 
-    ``one_thread`` is as called with the backward in the calling thread; None if it was not asked for.
+    ``one_thread`` is as called with the backward in the calling thread; None if it was not asked for. Each is the
+    median of its ``readings``, which are in the order of the calls: those of groups in turn are pairs.
     """
 
     called: float
     graph: float | None
     refused: str | None = None
     one_thread: float | None = None
+    readings: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """What a report keeps."""
@@ -71,8 +73,8 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def _medians_us(runs: Sequence[Callable[[int], None]], repeats: int) -> list[float]:
-    """Median microseconds of each function, called in turn."""
+def _readings_us(runs: Sequence[Callable[[int], None]], repeats: int) -> list[list[float]]:
+    """Microseconds of each call of each function, called in turn."""
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)] for _ in runs]
     for index in range(repeats):
         for run, pairs in zip(runs, events, strict=True):
@@ -81,15 +83,15 @@ def _medians_us(runs: Sequence[Callable[[int], None]], repeats: int) -> list[flo
             run(index)
             stop.record()
     torch.cuda.synchronize()
-    return [statistics.median(start.elapsed_time(stop) for start, stop in pairs) * 1e3 for pairs in events]
+    return [[start.elapsed_time(stop) * 1e3 for start, stop in pairs] for pairs in events]
 
 
-def _timed(runs: Sequence[Callable[[int], None]], budget_ms: float) -> list[float]:
-    """Medians over as many calls as the milliseconds for each function allow."""
+def _timed(runs: Sequence[Callable[[int], None]], budget_ms: float) -> list[list[float]]:
+    """Readings of as many calls as the milliseconds for each function allow."""
     for run in runs:
         run(0)
-    once = max(max(_medians_us(runs, 1)) / 1e3, 1e-3)
-    return _medians_us(runs, int(min(60, max(5 if once < _SLOW_MS else 3, budget_ms / once))))
+    once = max(max(readings[0] for readings in _readings_us(runs, 1)) / 1e3, 1e-3)
+    return _readings_us(runs, int(min(60, max(5 if once < _SLOW_MS else 3, budget_ms / once))))
 
 
 def settle(seconds: float = 20.0, quiet: float = 3.0) -> list[float]:
@@ -147,20 +149,28 @@ def time_in_turn(
             call()
     torch.cuda.synchronize()
     as_called = [lambda index, calls=calls: calls[index % len(calls)]() for calls in groups]
-    called = _timed(as_called, budget_ms)
-    in_one_thread: list[float | None] = [None] * len(groups)
+    found = [{"called_us": readings} for readings in _timed(as_called, budget_ms)]
     if one_thread:
         with torch.autograd.set_multithreading_enabled(False):
-            in_one_thread = [*_timed(as_called, budget_ms)]
-    graphs = [_capture(calls) if graph else "not asked for" for calls in groups]
-    captured = [each for each in graphs if not isinstance(each, str)]
-    replayed = iter(
-        _timed([lambda index, each=each: each.replay() for each in captured], budget_ms) if captured else []
-    )
-    return [
-        Times(us, None, each, alone) if isinstance(each, str) else Times(us, next(replayed) / len(calls), None, alone)
-        for calls, us, each, alone in zip(groups, called, graphs, in_one_thread, strict=True)
-    ]
+            for each, readings in zip(found, _timed(as_called, budget_ms), strict=True):
+                each["one_thread_us"] = readings
+    refused: list[str | None] = [None] * len(groups)
+    replays: dict[int, Callable[[int], None]] = {}
+    for place, calls in enumerate(groups):
+        captured = _capture(calls) if graph else "not asked for"
+        if isinstance(captured, str):
+            refused[place] = captured
+        else:
+            replays[place] = lambda index, captured=captured: captured.replay()
+    if replays:
+        for place, readings in zip(replays, _timed([*replays.values()], budget_ms), strict=True):
+            found[place]["graph_us"] = [us / len(groups[place]) for us in readings]
+    return [_times(readings, reason) for readings, reason in zip(found, refused, strict=True)]
+
+
+def _times(readings: dict[str, list[float]], refused: str | None) -> Times:
+    middle = {how: statistics.median(values) for how, values in readings.items()}
+    return Times(middle["called_us"], middle.get("graph_us"), refused, middle.get("one_thread_us"), readings)
 
 
 def _capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph | str:
@@ -200,19 +210,26 @@ def _recover_from_failed_capture() -> None:
 
 
 def measure_memory(forward: Callable[[], Any], backward: Callable[[Any], Any], outputs: int) -> Memory:
-    """Measure one forward and backward; ``outputs`` bytes of the forward's results are not counted as kept."""
+    """Measure one forward and backward; ``outputs`` bytes of the forward's results are not counted as kept.
+
+    Counted is what is asked for. The allocator may give up to 1 MiB more a block, depending on what ran before.
+    """
     result = backward(forward())  # compiles and fills workspaces that stay
     del result
     free()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = _requested("current")
     result = forward()
-    kept = torch.cuda.memory_allocated() - before - outputs
+    kept = _requested("current") - before - outputs
     result = backward(result)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = _requested("peak") - before
     del result
     return Memory(kept, peak)
+
+
+def _requested(what: str) -> int:
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{what}"]
 
 
 def copy_rate() -> float:

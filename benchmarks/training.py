@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.device import copy_rate, free, machine, require_gpu, time_in_turn
+from benchmarks.device import Times, copy_rate, free, machine, require_gpu, time_in_turn
 from benchmarks.layer import PACKAGES
 from benchmarks.layer_measure import floors
 from benchmarks.report import (
@@ -221,10 +221,15 @@ def measure(
         expected["baseline"] = groups[0]
     elif "baseline" in expected:
         groups.append(expected["baseline"])
-    budget = 900.0 if variant.name in (BASELINE, FUSED) else 400.0
+    budget = 3000.0 if variant.name == FUSED else 400.0
     times, *baseline = time_in_turn(groups, graph=graph, budget_ms=budget, one_thread=True)
-    row |= times.row()
-    return row | {"baseline": baseline[0].row()} if baseline else row
+    row |= _with_readings(times)
+    return row | {"baseline": _with_readings(baseline[0])} if baseline else row
+
+
+def _with_readings(times: Times) -> dict[str, Any]:
+    rounded = {how: [round(us, 1) for us in readings] for how, readings in times.readings.items()}
+    return times.row() | {"readings": rounded}
 
 
 def compile_only(dim: int, num_layers: int, batch: int, sequence: int, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,30 @@ HOW = {"called_us": "as called", "one_thread_us": "as called in one thread", "gr
 def overhead(row: dict[str, Any], base: dict[str, Any] | None, key: str) -> float | None:
     """Percent that a step takes longer than the residual's, both timed in the same way.
 
-    The residual is the one that was timed in turn with the row, or else ``base``, its own row.
+    The residual is the one that was timed in turn with the row, or else ``base``, its own row. Where the readings are
+    there, it is the median over pairs of neighbours, which found the card in the same state.
     """
+    if pairs := _pairs(row, key):
+        return statistics.median(pairs)
     base = row.get("baseline", base)
     if base is None or row.get(key) is None or base.get(key) is None:
         return None
     return 100 * (row[key] / base[key] - 1)
+
+
+def _pairs(row: dict[str, Any], key: str) -> list[float]:
+    """The overhead of each reading over the residual's beside it, in percent."""
+    one, other = (each.get("readings", {}).get(key, []) for each in (row, row.get("baseline", {})))
+    return [100 * (us / base - 1) for us, base in zip(one, other, strict=True)] if one and other else []
+
+
+def _with_spread(row: dict[str, Any], base: dict[str, Any] | None, key: str) -> str:
+    """The overhead, and within which bounds the middle half of its pairs lies."""
+    text, pairs = _percent(overhead(row, base, key)), _pairs(row, key)
+    if len(pairs) < 2:
+        return text
+    low, _, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return f"{text} ({low:.1f} to {high:.1f})"
 
 
 def _percent(value: float | None) -> str:
@@ -37,7 +56,7 @@ def _rows(timed: list[dict[str, Any]], base: dict[str, Any] | None, tokens: int)
     for row in timed:
         cells = [row["name"]]
         for key in HOW:
-            cells.append(_percent(overhead(row, base, key)))
+            cells.append(_with_spread(row, base, key))
             found = row.get(key)
             cells.append("-" if found is None else f"{found / 1e3:.2f}")
         fastest = min(found for key in HOW if (found := row.get(key)) is not None)
@@ -65,7 +84,7 @@ def times(width: dict[str, Any], tokens: int) -> list[str]:
             text += f" Bar {BAR:.0f} % (stretch {STRETCH} %) for the fused connection:"
             for key, how in HOW.items():
                 if (value := overhead(fused, base, key)) is not None:
-                    text += f" {value:.1f} % {how}, {'met' if value <= BAR else '**missed**'};"
+                    text += f" {_with_spread(fused, base, key)} {how}, {'met' if value <= BAR else '**missed**'};"
             text = text[:-1] + "."
         lines += ["", text]
     return lines
@@ -102,9 +121,9 @@ def markdown(report: dict[str, Any]) -> str:
     """Render a report; overhead is over the residual baseline of the same run."""
     about = report["machine"]
     tokens = report["batch"] * report["sequence"]
-    in_turn = (
-        "in turn with the row's and " if any("baseline" in row for w in report["widths"] for row in w["rows"]) else ""
-    )
+    rows = [row for width in report["widths"] for row in width["rows"]]
+    in_turn = "in turn with the row's and " if any("baseline" in row for row in rows) else ""
+    spread = ", with the middle half of all pairs of readings" if any("readings" in row for row in rows) else ""
     lines = [
         "# Forward and backward of a dense Transformer, n = 4, bfloat16",
         "",
@@ -115,7 +134,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['layers']} layers, {report['batch']} x {report['sequence']} = {tokens} tokens, SwiGLU of 8/3 C, "
         "heads of 128, sublayers under torch.compile in every row, the residual's addition and norm as well, no "
         "optimizer step. Kept is alive between forward and backward; peak is the highest above weights, gradients "
-        f"included. Overhead is over the residual's step, timed {in_turn}the same way; *in one thread* runs the "
+        "included. "
+        f"Overhead is over the residual's step, timed {in_turn}the same way{spread}; *in one thread* runs the "
         "backward in the calling thread (`torch.autograd.set_multithreading_enabled(False)`), not in autograd's own.",
     ]
     for width in report["widths"]:

@@ -65,6 +65,7 @@ def test_groups_are_timed_in_turn_and_each_has_its_own_times(clock: Clock) -> No
     assert (two.called, two.one_thread, two.graph) == pytest.approx((8e3, 8e3, 7e3))
     assert "".join(clock.order).count("acbc") >= 3
     assert one.row()["one_thread_us"] == one.one_thread and one.best == one.graph
+    assert one.readings["graph_us"] == pytest.approx([2.5e3] * 9) and len(two.readings["called_us"]) == 8
 
 
 def test_a_group_that_cannot_be_captured_keeps_its_time_as_called(clock: Clock) -> None:

@@ -21,7 +21,8 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_in_turn(groups: list, *, graph: bool, budget_ms: float, one_thread: bool) -> list[device.Times]:
         for calls in groups:
             calls[0]()
-        times = device.Times(2000.0, 1000.0 if graph else None, None if graph else "not asked for")
+        readings = {"called_us": [1999.96, 2000.0]}
+        times = device.Times(2000.0, 1000.0 if graph else None, None if graph else "not asked for", readings=readings)
         return [times] * len(groups)
 
     fused = [
@@ -49,6 +50,7 @@ def test_every_variant_is_checked_against_plain_torch_and_saved() -> None:
     assert rows[training.REFERENCE]["agreement"]["phi"] == 0.0 < rows[training.FUSED]["agreement"]["phi"] < 0.1
     assert rows["mHC, fused, recompute"]["recompute_block"] == 2
     assert "baseline" not in rows["residual"] and rows[training.FUSED]["baseline"]["called_us"] == 2000.0
+    assert rows[training.FUSED]["baseline"]["readings"] == {"called_us": [2000.0, 2000.0]}
     training.run([128], 2, 1, 16, names, True, Deadline(-1.0), report, lambda: None)
     assert all("not reached" in row["skipped"] for row in report["widths"][1]["rows"])
 
@@ -86,6 +88,17 @@ def row(name: str, called: float, graph: float | None, **other: object) -> dict:
 def test_overhead_is_over_the_baseline_that_was_timed_in_turn_with_a_row() -> None:
     fused = row("mHC, fused", 12_500.0, 9_800.0, baseline=row("residual", 12_000.0, 9_500.0))
     assert training_report.overhead(fused, row("residual", 10_000.0, 9_000.0), "called_us") == 100 * (12.5 / 12 - 1)
+
+
+def test_overhead_is_the_median_over_pairs_and_says_where_half_of_them_lie() -> None:
+    """The card gets slower by half on the way: neighbours are 10 to 14 % apart, the medians 4.5 %."""
+    times, apart = [10.0, 10.0, 15.0, 15.0, 15.0], [1.10, 1.11, 1.12, 1.13, 1.14]
+    base = row("residual", 15e3, None, readings={"called_us": [1e3 * ms for ms in times]})
+    readings = [1e3 * ms * ratio for ms, ratio in zip(times, apart, strict=True)]
+    fused = row("mHC, fused", 15e3 * 1.045, None, baseline=base, readings={"called_us": readings})
+    assert training_report.overhead(fused, None, "called_us") == pytest.approx(12.0)
+    text = "\n".join(training_report.times({"dim": 1, "rows": [fused]}, 8))
+    assert "12.0 % (11.0 to 13.0)" in text
 
 
 def test_the_report_takes_overhead_from_the_residual_of_the_same_run(tmp_path: Path) -> None:
