@@ -33,6 +33,9 @@ __all__ = [
 _SLOW_MS = 20.0
 """A call that takes longer is repeated three times at least, a shorter one five times."""
 
+_MOST = 200
+"""Calls are repeated as often as the budget allows, up to this."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -91,7 +94,7 @@ def _timed(runs: Sequence[Callable[[int], None]], budget_ms: float) -> list[list
     for run in runs:
         run(0)
     once = max(max(readings[0] for readings in _readings_us(runs, 1)) / 1e3, 1e-3)
-    return _readings_us(runs, int(min(60, max(5 if once < _SLOW_MS else 3, budget_ms / once))))
+    return _readings_us(runs, int(min(_MOST, max(5 if once < _SLOW_MS else 3, budget_ms / once))))
 
 
 def settle(seconds: float = 20.0, quiet: float = 3.0) -> list[float]:

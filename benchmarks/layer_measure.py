@@ -265,7 +265,7 @@ def measure(peer: Peer, n: int, c: int, inputs: list[Inputs], chain: int) -> dic
 
 
 def _times_of_the_steps(runner: Any, inputs: list[Inputs]) -> dict[str, Any]:
-    both = time_calls([lambda each=each: _both(runner, each) for each in inputs], one_thread=True)
+    both = time_calls([lambda each=each: _both(runner, each) for each in inputs], budget_ms=250.0, one_thread=True)
     with torch.no_grad():
         states = [runner.pre(each.x)[1] for each in inputs]
         pairs = list(zip(inputs, states, strict=True))
@@ -293,7 +293,7 @@ def _measure_chains(peer: Peer, parameters: Parameters, n: int, inputs: list[Inp
                     chain.forward()
 
             times["forward"][sites] = time_calls([forward_only])
-            times["both"][sites] = time_calls([chain.both], one_thread=sites == length)
+            times["both"][sites] = time_calls([chain.both], budget_ms=250.0, one_thread=sites == length)
             if sites == length:
                 memory = measure_memory(chain.forward, chain.backward, length * (n + 1) * m * c * 2)
             del chain, forward_only
