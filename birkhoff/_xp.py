@@ -28,6 +28,7 @@ __all__ = [
     "library_name",
     "matmul",
     "quiet",
+    "refuse_shards",
     "to_numpy",
 ]
 
@@ -169,6 +170,7 @@ def to_numpy(array: Any) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
     if array_api_compat.is_torch_array(array):
+        refuse_shards(array)
         tensor = array.detach().cpu()
         return np.asarray((tensor.float() if dtype_name(tensor.dtype) == "bfloat16" else tensor).numpy())
     if array_api_compat.is_cupy_array(array):
@@ -177,6 +179,15 @@ def to_numpy(array: Any) -> np.ndarray:
     if array_api_compat.is_array_api_strict_namespace(xp):
         return np.from_dlpack(array_api_compat.to_device(array, xp.Device("CPU_DEVICE")))
     return np.from_dlpack(array)
+
+
+def refuse_shards(array: Any) -> None:
+    """Raise for a ``DTensor`` in a function that has to see all values of a matrix's batch in one process."""
+    if hasattr(array, "placements"):
+        raise ArrayTypeError(
+            f"expected an array of one process, got a DTensor of shape {tuple(array.shape)}; give full_tensor(), or "
+            "to_local() for the matrices of this process"
+        )
 
 
 def quiet(array: Any) -> AbstractContextManager[Any]:

@@ -283,6 +283,7 @@ def _certify(layers: list[Any], num_steps: int, num_samples: int | None) -> Cert
     shape = tuple(layers[0].shape)
     for layer in layers:
         square_matrices(layer, "matrix", nonempty=True)
+        _xp.refuse_shards(layer)
         if tuple(layer.shape) != shape:
             raise ShapeError(f"factors must have one shape (..., n, n), got {shape} and {tuple(layer.shape)}")
     layers = [_xp.detach(layer) for layer in layers]

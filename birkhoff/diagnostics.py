@@ -255,6 +255,7 @@ def distance_to_identity(matrix: Any) -> Any:
     >>> float(distance_to_identity(np.eye(2)[::-1].copy()))
     2.0
     """
+    _xp.refuse_shards(matrix)
     xp, values = _prepare(matrix)
     identity = xp.eye(values.shape[-1], dtype=values.dtype, device=_xp.device(values))
     return _frobenius(xp, values - identity)[..., 0, 0]

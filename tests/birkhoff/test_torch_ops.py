@@ -15,8 +15,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E4
 import birkhoff  # noqa: E402
 import birkhoff._torch_ops  # noqa: E402  registers the operators, which a first call would
 import birkhoff.diagnostics  # noqa: E402
+import birkhoff.support  # noqa: E402
 from birkhoff import reference  # noqa: E402
 from birkhoff.adjoints import Implicit, Unrolled  # noqa: E402
+from birkhoff.errors import ArrayTypeError  # noqa: E402
 from birkhoff.large import project_large  # noqa: E402
 from birkhoff.solvers import Euclidean, Newton, SinkhornDamped, SinkhornKnopp, SinkhornLog  # noqa: E402
 from birkhoff.solvers.protocol import to_text  # noqa: E402
@@ -332,6 +334,14 @@ def test_distributed_tensors_keep_their_shards(solver: Any) -> None:
         birkhoff.project(whole, solver, finish="exact").matrix.square().sum().backward()
         assert sharded.grad.placements == (Shard(0),)
         torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
+        matrix = result.matrix.detach()
+        answers = (
+            *(birkhoff.certify, birkhoff.certify_product, birkhoff.decompose),
+            *(birkhoff.diagnostics.diagnose, birkhoff.support.diagnose_support, birkhoff.support.total_support_pattern),
+        )
+        for answer in answers:
+            with pytest.raises(ArrayTypeError, match="full_tensor"):
+                answer(matrix)
     finally:
         torch.distributed.destroy_process_group()
 
