@@ -335,6 +335,12 @@ def test_sums_are_accumulated_in_the_dtype_asked_for() -> None:
     assert _math.reduce_sum(NUMPY, values, 0, np.float32).dtype == np.float32
 
 
+def test_reciprocals_are_those_of_numpy() -> None:
+    """Potentials twice as large give the same matrix; only their range would show it."""
+    values = np.array([0.25, 3.0, np.inf])
+    assert np.array_equal(_math.reciprocal(values), 1.0 / values)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_exponentials_of_a_sum_are_normal_numbers_on_the_host(dtype: type) -> None:
     tiny = np.finfo(dtype).smallest_normal
