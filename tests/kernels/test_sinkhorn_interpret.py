@@ -71,7 +71,7 @@ def test_segments_of_the_backward(rng: np.random.Generator, num_iters: int) -> N
 @pytest.mark.parametrize("n", [2, 4, 5, 17])
 def test_damped(rng: np.random.Generator, n: int, first: str) -> None:
     check(rng, n, 3.0, method="damped", first=first, **EPS)
-    check(rng, n, 3.0, method="damped", first=first, num_iters=4, eps_start=0.1, eps_den=0.05)  # every term counts
+    check(rng, n, 3.0, method="damped", first=first, num_iters=4, eps_start=0.1, eps_den=0.5)  # every term counts
 
 
 @pytest.mark.parametrize("n", [3, 4, 6, 7, 17])
