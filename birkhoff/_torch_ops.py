@@ -346,7 +346,8 @@ class _GuardedForwardMode(_Guarded):
 class _Tolerance(torch.autograd.Function):
     """``logits -> (matrix, counts)`` where an iteration stops by itself and its counts can't be read; one derivative.
 
-    Elsewhere the matrices of equal counts are projected once more, together, which has derivatives of every order.
+    Elsewhere, and so where ``vmap`` is left, the matrices of equal counts are projected once more, together, which has
+    derivatives of every order.
     """
 
     @staticmethod
@@ -376,7 +377,7 @@ class _Tolerance(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, plan: Plan, adjoint: Implicit | None) -> Any:
         (logits,), join = _fold(info.batch_size, in_dims[:1], (logits,))
-        matrix, counts = _pick(_Tolerance, _ToleranceForwardMode).apply(logits, plan, adjoint)
+        matrix, counts = to_tolerance(logits, plan[0], _precision(plan), adjoint)
         return (join(matrix), join(counts)), (0, 0)
 
 
@@ -406,8 +407,8 @@ class _ByCounts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         raise NotImplementedError(
-            "a projection to a tolerance has no second derivative under vmap, nor for a DTensor; give project the "
-            "whole batch in place of vmap, or a fixed number of iterations (tol=None)"
+            "a projection to a tolerance has no second derivative inside vmap or compile, nor for a DTensor: how many "
+            "iterations each matrix took can't be read there; differentiate outside, or fix their number (tol=None)"
         )
 
     @staticmethod
