@@ -23,6 +23,7 @@ __all__ = [
     "Times",
     "copy_rate",
     "free",
+    "launch_us",
     "machine",
     "measure_memory",
     "require_gpu",
@@ -110,14 +111,14 @@ def settle(seconds: float = 20.0, quiet: float = 3.0) -> list[float]:
     start = improved = time.monotonic()
     readings, best = [], float("inf")
     while (now := time.monotonic()) < start + seconds and now < improved + quiet:
-        readings.append(_launch_us(0.5))
+        readings.append(launch_us(0.5))
         if readings[-1] < 0.95 * best:
             best, improved = readings[-1], time.monotonic()
     return readings
 
 
-def _launch_us(seconds: float) -> float:
-    """Median microseconds of the host for one small addition, over some seconds."""
+def launch_us(seconds: float = 0.03) -> float:
+    """Median microseconds of the host for one small addition, over some seconds: how fast the host is now."""
     value, times, end = torch.zeros(1, device="cuda"), [], time.monotonic() + seconds
     while time.monotonic() < end:
         begin = time.perf_counter()

@@ -64,6 +64,33 @@ def _chains(shape: dict[str, Any]) -> list[str]:
     return ["", text, "", *table(header, rows)]
 
 
+def _host(shape: dict[str, Any]) -> list[str]:
+    """What was read as called at each time, with the host's speed before and after."""
+    rows = []
+    for row in shape["rows"]:
+        if "skipped" in row or "addition_us" not in row:
+            continue
+        kinds = [("", row["both"])]
+        kinds += [(f", chain, {how}", row["chain"][how]["both"]) for how in ("separate", "fused") if "chain" in row]
+        for words, times in kinds:
+            cells = [
+                " / ".join(f"{us:.0f}" for us in times.get("read", {}).get(key, [times.get(key)]) if us is not None)
+                for key in ("called_us", "one_thread_us")
+            ]
+            rows.append([row["name"] + words, *(cell or "-" for cell in cells)])
+        rows[-1].append(" / ".join(f"{us:.1f}" for us in row["addition_us"]))
+        for earlier in rows[-len(kinds) : -1]:
+            earlier.append("")
+    if not rows:
+        return []
+    text = (
+        "Forward and backward as called, us a site: what was read in its turn, and again later in the run where "
+        "two numbers stand; the smaller counts. Beside them what launching a small addition took the host before and "
+        "after each."
+    )
+    return ["", text, "", *table(["implementation", "as called", "in one thread", "an addition, us"], rows)]
+
+
 def _kernels(shape: dict[str, Any], rate: float) -> list[str]:
     if not shape.get("kernels"):
         return []
@@ -149,7 +176,14 @@ def markdown(report: dict[str, Any]) -> str:
         *_bars(report),
     ]
     for shape in report["shapes"]:
-        lines += ["", f"## M = {shape['tokens']}, C = {shape['dim']}", "", *_speed(shape), *_chains(shape)]
+        lines += [
+            "",
+            f"## M = {shape['tokens']}, C = {shape['dim']}",
+            "",
+            *_speed(shape),
+            *_chains(shape),
+            *_host(shape),
+        ]
         lines += [
             "",
             "Relative errors against float64 autograd of the same convention, and memory:",

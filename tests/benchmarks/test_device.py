@@ -102,5 +102,5 @@ def test_a_host_is_waited_for_until_it_stops_getting_faster(
         return next(values)
 
     monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(device, "_launch_us", reading)
+    monkeypatch.setattr(device, "launch_us", reading)
     assert len(device.settle(seconds=6.0, quiet=2.0)) == expected

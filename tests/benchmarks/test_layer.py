@@ -77,12 +77,14 @@ def test_every_implementation_has_its_turn() -> None:
 
 
 def test_bars_come_first_then_every_peer_once_then_the_rest() -> None:
-    large, small = (16, 32), (8, 32)
+    large, small = (16384, 4096), (4096, 1280)
     order = layer._order([large, small], ["Liger", "TileKernels", "eager, fp32", "ours, fused"])
+    first = [(shape, name, False) for name in ("ours, fused", "TileKernels") for shape in (large, small)]
     assert order == [
-        *((large, "ours, fused"), (small, "ours, fused"), (large, "TileKernels"), (small, "TileKernels")),
-        *((large, "eager, fp32"), (large, "Liger")),
-        *((large, None), (small, None), (small, "eager, fp32"), (small, "Liger")),
+        *first,
+        *((large, "eager, fp32", False), (large, "Liger", False), (large, None, False), (small, None, False)),
+        *((small, "ours, fused", True), (small, "TileKernels", True)),
+        *((small, "eager, fp32", False), (small, "eager, fp32", True), (small, "Liger", False)),
     ]
 
 
@@ -151,6 +153,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_measure, "measure_memory", measure_memory)
     monkeypatch.setattr(layer_measure.Inputs, "random", random)
     monkeypatch.setattr(layer, "copy_rate", lambda: 3e12)
+    monkeypatch.setattr(layer, "launch_us", lambda: 5.0)
     fused = layer_measure._ours("ours, fused", fused_site(PAPER), "the leaves of plain torch")
     monkeypatch.setitem(layer._IMPLEMENTATIONS, fused.name, fused)
 
@@ -162,12 +165,14 @@ def test_a_run_saves_each_row_and_stops_in_time() -> None:
     shapes = [(16, 32), (8, 32)]
     late = Deadline(600.0)
     layer.run(shapes, 4, names, 2, late, report, lambda: saved.append(layer_report.markdown(report)), kernels=True)
-    assert len(saved) == 9 and sorted(row["name"] for row in report["shapes"][1]["rows"]) == sorted(names)
+    assert len(saved) == 13 and sorted(row["name"] for row in report["shapes"][1]["rows"]) == sorted(names)
     fused, eager, liger = report["shapes"][0]["rows"]
-    chain = times(100.0, 50.0) | {"one_thread_us": 75.0, "site_us": 0.0, "half_us": 100.0}
+    read = {"called_us": [100.0, 100.0], "one_thread_us": [75.0, 75.0]}
+    chain = times(100.0, 50.0) | {"one_thread_us": 75.0, "site_us": 0.0, "half_us": 100.0, "read": read}
     assert fused["chain"]["fused"]["both"] == chain and fused["both"]["one_thread_us"] == 600.0
     assert "one_thread_us" not in fused["forward"]
     assert fused["same_bits"] and "not installed" in liger["skipped"] and eager["both"]["called_us"] == 800.0
+    assert "| ours, fused, chain, fused | 100 / 100 | 75 / 75 | 5.0 / 5.0 / 5.0 / 5.0 |" in saved[-1]
     assert "| ours, fused, fused boundaries |" in saved[0] and "kernels" in report["shapes"][0]
     layer.run(shapes, 4, names, 4, Deadline(-1.0), report, lambda: None)
     assert all("not reached" in row["skipped"] for shape in report["shapes"][2:] for row in shape["rows"])
@@ -241,3 +246,20 @@ def test_bars_are_met_missed_or_not_measured() -> None:
     assert layer_bars.against_peers(layer_report_of(OURS, peer)) == [
         ["16384 x 4096", "2.00", "-", "-", "-", "-", "1.82"]
     ]
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_a_second_reading_counts_where_it_is_the_smaller() -> None:
+    row = {"both": times(1000.0, 90.0) | {"one_thread_us": 120.0}}
+    layer_measure.measure_again(row, PLAIN, 4, 32, [inputs(8, 4, 32)], 0)
+    assert row["both"]["read"] == {"called_us": [1000.0, 200.0], "one_thread_us": [120.0, 150.0]}
+    assert (row["both"]["called_us"], row["both"]["one_thread_us"], row["both"]["graph_us"]) == (200.0, 120.0, 90.0)
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_a_second_reading_that_fails_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = layer._row(PLAIN, 4, 32, [inputs(8, 4, 32)], 0)
+    before = row["both"].copy()
+    monkeypatch.setattr(layer, "measure_again", lambda *_: 1 / 0)
+    layer._again(row, PLAIN, 4, 32, [inputs(8, 4, 32)], 0)
+    assert row["both"] == before and "ZeroDivisionError" in str(row["again"]) and row["addition_us"] == [5.0] * 4
